@@ -1,0 +1,88 @@
+#include <pybind11/stl.h>
+
+#include <chrono>
+
+#include "bindings/convert.h"
+#include "cpu/parallel.h"
+#include "cpu/registry.h"
+
+namespace fastconv::bindings {
+namespace {
+
+double seconds_now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Floating-point operations a second of dependent-free FMAs on `threads` threads for about `seconds`.
+double measure_fma_peak(double seconds, int threads) {
+  FC_CHECK(seconds > 0 && seconds < 60, "seconds must be between 0 and 60, got ", seconds);
+  FC_CHECK(threads >= 1 && threads <= 1024, "the number of threads must be between 1 and 1024, got ", threads);
+  constexpr int64_t kBurst = 100'000;
+  const auto& k = cpu::kernels().conv2d;
+  std::vector<double> rate(threads);
+  cpu::parallel_for(
+      threads,
+      [&](int64_t i, int) {
+        double flops = 0;
+        const double start = seconds_now();
+        double now = start;
+        while (now - start < seconds) {
+          flops += k.fma_burst(kBurst);
+          now = seconds_now();
+        }
+        rate[i] = flops / (now - start);
+      },
+      threads);
+  double total = 0;
+  for (double r : rate) total += r;
+  return total;
+}
+
+// Bytes a second of reading one array and writing another (a copy counts both), on `threads` threads, best of several.
+double measure_bandwidth(int64_t bytes, int threads) {
+  FC_CHECK(bytes >= 1 << 20 && bytes <= int64_t{1} << 34, "bytes must be between 2^20 and 2^34, got ", bytes);
+  FC_CHECK(threads >= 1 && threads <= 1024, "the number of threads must be between 1 and 1024, got ", threads);
+  const int64_t floats = bytes / 4;
+  Buffer a(bytes), b(bytes);
+  std::fill_n(a.as<float>(), floats, 1.0f);
+  std::fill_n(b.as<float>(), floats, 0.0f);
+  double best = 0;
+  for (int round = 0; round < 5; ++round) {
+    const double start = seconds_now();
+    cpu::parallel_for(
+        threads,
+        [&](int64_t i, int) {
+          const cpu::Range r = cpu::split(floats, threads, i);
+          const float* src = a.as<float>();
+          float* dst = b.as<float>();
+          for (int64_t j = r.begin; j < r.end; ++j) dst[j] = src[j] * 1.5f;
+        },
+        threads);
+    best = std::max(best, 2.0 * bytes / (seconds_now() - start));
+  }
+  return best;
+}
+
+}  // namespace
+
+void bind_runtime(py::module_& m) {
+  using namespace py::literals;
+  m.def("set_num_threads", &cpu::set_num_threads, "threads"_a);
+  m.def("get_num_threads", &cpu::num_threads);
+  m.def("isa", [] { return std::string(cpu::kernels().isa); });
+  m.def("available_isas", &cpu::available_isas);
+  m.def("set_isa", &cpu::set_isa, "name"_a);
+  m.def("memory_stats", [] {
+    const MemoryStats s = memory_stats();
+    return py::dict("bytes_in_use"_a = s.bytes_in_use, "bytes_cached"_a = s.bytes_cached,
+                    "peak_bytes_in_use"_a = s.peak_bytes_in_use, "allocations"_a = s.allocations,
+                    "cache_hits"_a = s.cache_hits, "limit"_a = s.limit);
+  });
+  m.def("reset_peak_memory_stats", &reset_peak_memory_stats);
+  m.def("set_memory_limit", &set_memory_limit, "bytes"_a);
+  m.def("empty_cache", &empty_cache);
+  m.def("measure_fma_peak", &measure_fma_peak, "seconds"_a, "threads"_a, py::call_guard<py::gil_scoped_release>());
+  m.def("measure_bandwidth", &measure_bandwidth, "bytes"_a, "threads"_a, py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace fastconv::bindings

@@ -1,0 +1,21 @@
+#include <pybind11/pybind11.h>
+
+#include "core/error.h"
+
+namespace fastconv::bindings {
+void bind_runtime(pybind11::module_& m);
+void bind_conv2d(pybind11::module_& m);
+}  // namespace fastconv::bindings
+
+PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
+  m.doc() = "The compiled kernels of fastconv. Use the functions of the package fastconv, which check and convert.";
+  pybind11::register_local_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const fastconv::TypeError& e) {
+      PyErr_SetString(PyExc_TypeError, e.what());
+    }
+  });
+  fastconv::bindings::bind_runtime(m);
+  fastconv::bindings::bind_conv2d(m);
+}

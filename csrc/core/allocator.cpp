@@ -1,0 +1,137 @@
+#include "core/allocator.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <new>
+#include <unordered_map>
+
+namespace fastconv {
+namespace {
+
+constexpr size_t kHuge = size_t{2} << 20;
+constexpr size_t kAlign = 64;
+
+// Eight steps to each power of two: at most 12.5% waste, and few distinct sizes.
+size_t rounded(size_t bytes) {
+  bytes = std::max(bytes, kAlign);
+  size_t step = kAlign;
+  while (step * 16 <= bytes) step *= 2;
+  if (bytes >= kHuge) step = std::max(step, kHuge);
+  if (bytes > SIZE_MAX - step) throw std::bad_alloc();
+  return (bytes + step - 1) / step * step;
+}
+
+class Cache {
+ public:
+  void* allocate(size_t bytes) {
+    const size_t size = rounded(bytes);
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++stats_.allocations;
+    void* p = nullptr;
+    size_t got = size;
+    auto it = free_.lower_bound(size);
+    if (it != free_.end() && it->first <= size + size / 4) {
+      got = it->first;
+      p = it->second;
+      free_.erase(it);
+      stats_.bytes_cached -= got;
+      ++stats_.cache_hits;
+    } else {
+      if (over_limit(size)) drop_cache();
+      if (over_limit(size)) throw std::bad_alloc();
+      p = fresh(size);
+      if (!p) {
+        drop_cache();
+        p = fresh(size);
+      }
+      if (!p) throw std::bad_alloc();
+    }
+    used_.emplace(p, got);
+    stats_.bytes_in_use += got;
+    stats_.peak_bytes_in_use = std::max(stats_.peak_bytes_in_use, stats_.bytes_in_use);
+    return p;
+  }
+
+  void release(void* p) noexcept {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto it = used_.find(p);
+    if (it == used_.end()) return;
+    const size_t size = it->second;
+    used_.erase(it);
+    stats_.bytes_in_use -= size;
+    try {
+      free_.emplace(size, p);
+      stats_.bytes_cached += size;
+    } catch (...) {
+      std::free(p);  // no memory for the cache's own node: give the block back instead
+    }
+  }
+
+  MemoryStats stats() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return stats_;
+  }
+  void reset_peak() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stats_.peak_bytes_in_use = stats_.bytes_in_use;
+  }
+  void set_limit(size_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stats_.limit = bytes;
+    if (over_limit(0)) drop_cache();
+  }
+  void empty() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    drop_cache();
+  }
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
+ private:
+  static void* fresh(size_t size) {
+    void* p = nullptr;
+    if (posix_memalign(&p, size >= kHuge ? kHuge : kAlign, size) != 0) return nullptr;
+    if (size >= kHuge) madvise(p, size, MADV_HUGEPAGE);
+    return p;
+  }
+  bool over_limit(size_t more) const {
+    return stats_.limit != 0 && stats_.bytes_in_use + stats_.bytes_cached + more > stats_.limit;
+  }
+  void drop_cache() {
+    for (auto& block : free_) std::free(block.second);
+    free_.clear();
+    stats_.bytes_cached = 0;
+  }
+
+  std::mutex mutex_;
+  std::multimap<size_t, void*> free_;
+  std::unordered_map<void*, size_t> used_;
+  MemoryStats stats_;
+};
+
+// Never destroyed: arrays may outlive static destructors at interpreter exit.
+Cache& cache() {
+  static Cache* instance = [] {
+    auto* made = new Cache;
+    // fork() while another thread holds the lock would leave it locked in the child for ever.
+    pthread_atfork([] { cache().lock(); }, [] { cache().unlock(); }, [] { cache().unlock(); });
+    return made;
+  }();
+  return *instance;
+}
+
+}  // namespace
+
+void* allocate(size_t bytes) { return cache().allocate(bytes); }
+void release(void* pointer) noexcept { cache().release(pointer); }
+MemoryStats memory_stats() { return cache().stats(); }
+void reset_peak_memory_stats() { cache().reset_peak(); }
+void set_memory_limit(size_t bytes) { cache().set_limit(bytes); }
+void empty_cache() { cache().empty(); }
+
+}  // namespace fastconv

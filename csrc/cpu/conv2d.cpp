@@ -1,0 +1,151 @@
+// Which algorithm runs: three ordered lists, fastest first. A new algorithm is its own file and one line here.
+#include "cpu/conv2d.h"
+
+#include <cstring>
+#include <mutex>
+#include <numeric>
+
+#include "core/allocator.h"
+#include "cpu/parallel.h"
+
+namespace fastconv::cpu {
+namespace {
+
+constexpr ConvForward kForward[] = {
+    {"depthwise", depthwise::supports, depthwise::forward},
+    {"first_layer", first_layer::supports, first_layer::forward},
+    {"pointwise", pointwise::supports, pointwise::forward},
+    {"direct", direct::supports, direct::forward},
+    {"reference", reference::supports, reference::forward},
+};
+
+constexpr ConvBackwardInput kBackwardInput[] = {
+    {"depthwise", depthwise::supports, depthwise::backward_input},
+    {"pointwise", pointwise::supports, pointwise::backward_input},
+    {"direct", direct::supports, direct::backward_input},
+    {"reference", reference::supports, reference::backward_input},
+};
+
+constexpr ConvBackwardWeight kBackwardWeight[] = {
+    {"depthwise", depthwise::supports, depthwise::backward_weight},
+    {"first_layer", first_layer::supports_backward_weight, first_layer::backward_weight},
+    {"pointwise", pointwise::supports, pointwise::backward_weight},
+    {"direct", direct::supports, direct::backward_weight},
+    {"reference", reference::supports, reference::backward_weight},
+};
+
+std::mutex algorithm_mutex;
+std::string forced_algorithm;
+
+std::string forced() {
+  std::lock_guard<std::mutex> lock(algorithm_mutex);
+  return forced_algorithm;
+}
+
+int64_t elements(const Shape& s) { return s[0] * s[1] * s[2] * s[3]; }
+
+}  // namespace
+
+void set_conv2d_algorithm(const std::string& name) {
+  bool known = name.empty();
+  for (const auto& implementation : kForward) known = known || name == implementation.name;
+  FC_CHECK(known, "no convolution algorithm named '", name, "'");
+  std::lock_guard<std::mutex> lock(algorithm_mutex);
+  forced_algorithm = name;
+}
+
+void conv2d_forward(const Conv2dProblem& problem, const ForwardArguments& args) {
+  if (elements(problem.y_shape()) == 0) return;
+  select(kForward, problem, forced()).run(problem, args);
+}
+
+void conv2d_backward_input(const Conv2dProblem& problem, const BackwardInputArguments& args) {
+  const int64_t size = elements(problem.x_shape());
+  if (size == 0) return;
+  if (problem.empty()) {
+    std::memset(args.dx, 0, size * itemsize(problem.dtype));
+    return;
+  }
+  select(kBackwardInput, problem, forced()).run(problem, args);
+}
+
+void conv2d_backward_weight(const Conv2dProblem& problem, const BackwardWeightArguments& args) {
+  if (elements(problem.w_shape()) == 0) return;
+  // The plain loops define an empty sum, too.
+  if (problem.empty()) return reference::backward_weight(problem, args);
+  select(kBackwardWeight, problem, forced()).run(problem, args);
+}
+
+Explanation explain_conv2d(const Conv2dProblem& problem, const std::string& direction) {
+  if (direction == "forward") return explain(kForward, problem);
+  if (direction == "backward_input") return explain(kBackwardInput, problem);
+  if (direction == "backward_weight") return explain(kBackwardWeight, problem);
+  throw std::invalid_argument("direction must be 'forward', 'backward_input' or 'backward_weight', got '" + direction +
+                              "'");
+}
+
+namespace {
+
+// Column sums of a [rows][k] matrix: partial sums over fixed chunks of rows, added in order.
+template <class T>
+void column_sums(const T* dy, int64_t rows, int64_t k, T* db) {
+  const int64_t chunks = std::clamp<int64_t>(rows * k >> 15, 1, std::min<int64_t>(32, std::max<int64_t>(rows, 1)));
+  Buffer partial(chunks * k * sizeof(T));
+  T* sums = partial.as<T>();
+  parallel_for(chunks, [&](int64_t i, int) {
+    T* out = sums + i * k;
+    std::memset(out, 0, k * sizeof(T));
+    const Range range = split(rows, chunks, i);
+    for (int64_t row = range.begin; row < range.end; ++row)
+      for (int64_t j = 0; j < k; ++j) out[j] += dy[row * k + j];
+  });
+  std::memset(db, 0, k * sizeof(T));
+  for (int64_t i = 0; i < chunks; ++i)
+    for (int64_t j = 0; j < k; ++j) db[j] += sums[i * k + j];
+}
+
+}  // namespace
+
+void conv2d_backward_bias(const Conv2dProblem& a, const void* dy, void* db) {
+  dispatch_float(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    column_sums(static_cast<const T*>(dy), a.n * a.p * a.q, a.k, static_cast<T*>(db));
+  });
+}
+
+Epilogue make_epilogue(const ForwardArguments& args) {
+  Epilogue e;
+  e.bias = static_cast<const float*>(args.bias);
+  e.residual = static_cast<const float*>(args.residual);
+  if (args.activation == Activation::kReLU || args.activation == Activation::kReLU6) e.low = 0.0f;
+  if (args.activation == Activation::kReLU6) e.high = 6.0f;
+  return e;
+}
+
+AxisTaps forward_axis(int64_t outputs, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  AxisTaps axis;
+  axis.outputs = outputs;
+  axis.step = stride;
+  for (int64_t r = 0; r < kernel; ++r) axis.taps.push_back({r * dilation - pad, r});
+  return axis;
+}
+
+// dx[i] = sum over r of w[r] dy[(i + pad - r*dilation) / stride], where that divides. Inputs i = f + j*stride share the
+// taps r with (f + pad - r*dilation) divisible by the stride, and read dy[j + (f + pad - r*dilation) / stride].
+std::vector<AxisTaps> backward_axes(int64_t inputs, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  std::vector<AxisTaps> axes;
+  for (int64_t f = 0; f < std::min(stride, inputs); ++f) {
+    AxisTaps axis;
+    axis.outputs = (inputs - f + stride - 1) / stride;
+    axis.out_first = f;
+    axis.out_step = stride;
+    for (int64_t r = 0; r < kernel; ++r) {
+      const int64_t at = f + pad - r * dilation;
+      if (at % stride == 0) axis.taps.push_back({at / stride, r});
+    }
+    axes.push_back(std::move(axis));
+  }
+  return axes;
+}
+
+}  // namespace fastconv::cpu

@@ -1,0 +1,102 @@
+// Convolution on the CPU. Activations are dense channels-last [n][h][w][c]; weights keep the caller's strides, because
+// every algorithm repacks them anyway.
+#pragma once
+
+#include <string>
+
+#include "core/implementation.h"
+#include "core/problem.h"
+#include "cpu/kernels/conv2d.h"
+
+namespace fastconv::cpu {
+
+struct ForwardArguments {
+  const void* x;
+  TensorView w;
+  const void* bias;      // [K] or null
+  const void* residual;  // shaped like y, or null
+  Activation activation;
+  void* y;
+};
+
+struct BackwardInputArguments {
+  const void* dy;
+  TensorView w;
+  void* dx;
+};
+
+struct BackwardWeightArguments {
+  const void* dy;
+  const void* x;
+  TensorView dw;  // any strides
+};
+
+using ConvForward = Implementation<Conv2dProblem, ForwardArguments>;
+using ConvBackwardInput = Implementation<Conv2dProblem, BackwardInputArguments>;
+using ConvBackwardWeight = Implementation<Conv2dProblem, BackwardWeightArguments>;
+
+void conv2d_forward(const Conv2dProblem&, const ForwardArguments&);
+void conv2d_backward_input(const Conv2dProblem&, const BackwardInputArguments&);
+void conv2d_backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
+// db[K] = the sum of dy over batch and pixels.
+void conv2d_backward_bias(const Conv2dProblem&, const void* dy, void* db);
+
+Explanation explain_conv2d(const Conv2dProblem&, const std::string& direction);
+void set_conv2d_algorithm(const std::string& name);  // "" lets the lists decide; for tests and experiments
+
+// The algorithms, a file each.
+namespace reference {
+const char* supports(const Conv2dProblem&);
+void forward(const Conv2dProblem&, const ForwardArguments&);
+void backward_input(const Conv2dProblem&, const BackwardInputArguments&);
+void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
+}  // namespace reference
+
+namespace direct {
+const char* supports(const Conv2dProblem&);
+void forward(const Conv2dProblem&, const ForwardArguments&);
+void backward_input(const Conv2dProblem&, const BackwardInputArguments&);
+void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
+}  // namespace direct
+
+namespace pointwise {
+const char* supports(const Conv2dProblem&);
+void forward(const Conv2dProblem&, const ForwardArguments&);
+void backward_input(const Conv2dProblem&, const BackwardInputArguments&);
+void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
+}  // namespace pointwise
+
+namespace first_layer {
+const char* supports(const Conv2dProblem&);
+const char* supports_backward_weight(const Conv2dProblem&);
+void forward(const Conv2dProblem&, const ForwardArguments&);
+void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
+}  // namespace first_layer
+
+namespace depthwise {
+const char* supports(const Conv2dProblem&);
+void forward(const Conv2dProblem&, const ForwardArguments&);
+void backward_input(const Conv2dProblem&, const BackwardInputArguments&);
+void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
+}  // namespace depthwise
+
+// What the fp32 algorithms share.
+
+// Bias, residual and the bounds of an activation that is a clamp; the others are applied afterwards by conv2d_forward.
+Epilogue make_epilogue(const ForwardArguments&);
+
+// Which source pixels an axis of outputs needs. Output j, at destination out_first + j * out_step, is the sum over taps
+// of source pixel j * step + taps[i].offset times kernel element taps[i].index. The offsets are in arithmetic
+// progression. Forward is one such axis; an input gradient with stride s is s of them, one a phase.
+struct AxisTaps {
+  struct Tap {
+    int64_t offset, index;
+  };
+  int64_t outputs = 0, out_first = 0, out_step = 1;
+  int64_t step = 1;
+  std::vector<Tap> taps;
+};
+AxisTaps forward_axis(int64_t outputs, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation);
+std::vector<AxisTaps> backward_axes(int64_t inputs, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation);
+
+}  // namespace fastconv::cpu

@@ -1,0 +1,91 @@
+#include "cpu/conv2d_band.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/registry.h"
+
+namespace fastconv::cpu {
+namespace {
+
+int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+int64_t ceil_divide(int64_t a, int64_t b) { return -floor_divide(-a, b); }
+
+}  // namespace
+
+BandAxis::BandAxis(const AxisTaps& axis, int64_t source_size, bool keep_outside)
+    : step_(axis.step), source_size_(source_size), keep_outside_(keep_outside) {
+  for (const AxisTaps::Tap& tap : axis.taps) {
+    const int64_t shift = floor_divide(tap.offset, step_);
+    const int64_t phase = tap.offset - shift * step_;
+    auto it = std::find(phases_.begin(), phases_.end(), phase);
+    if (it == phases_.end()) it = phases_.insert(it, phase);
+    first_ = taps_.empty() ? shift : std::min(first_, shift);
+    last_ = taps_.empty() ? shift : std::max(last_, shift);
+    taps_.push_back({it - phases_.begin(), shift});
+  }
+}
+
+void BandAxis::place(int64_t begin, int64_t end) {
+  low_ = begin + first_;
+  high_ = end + last_;
+  if (!keep_outside_) {
+    low_ = std::max<int64_t>(low_, 0);
+    high_ = std::max(low_, std::min(high_, (source_size_ - 1) / step_ + 1));
+  }
+}
+
+Band::Band(const SourceImage& source, const AxisTaps& rows, const AxisTaps& columns, int64_t block)
+    : source_(source),
+      rows_(rows, source.h, /*keep_outside=*/false),
+      columns_(columns, source.w, /*keep_outside=*/true),
+      block_(block),
+      blocks_(ceil_divide(source.channels, block)) {}
+
+int64_t Band::max_floats(int64_t images, int64_t rows, int64_t columns) const {
+  const int64_t image_rows = std::min(rows_.max_size(rows), rows_.phases() * ((source_.h - 1) / rows_.step() + 1));
+  return blocks_ * ((1 + images * image_rows) * columns_.max_size(columns) * block_);
+}
+
+void Band::pack(float* dst, int64_t n0, int64_t n1, int64_t y0, int64_t y1, int64_t x0, int64_t x1) {
+  rows_.place(y0, y1);
+  columns_.place(x0, x1);
+  data_ = dst;
+  n0_ = n0;
+  const int64_t row_floats = columns_.size() * block_;
+  block_stride_ = (1 + (n1 - n0) * rows_.size()) * row_floats;
+  for (int64_t b = 0; b < blocks_; ++b) std::memset(dst + b * block_stride_, 0, row_floats * sizeof(float));
+  float* out = dst + row_floats;
+  for (int64_t n = n0; n < n1; ++n)
+    for (int64_t f = 0; f < rows_.phases(); ++f)
+      for (int64_t i = 0; i < rows_.per_phase(); ++i, out += row_floats) {
+        // The last row of a phase may lie outside although the range of t meets the image; no tap reads it then.
+        const int64_t row = (rows_.low() + i) * rows_.step() + rows_.phase(f);
+        if (row < source_.h)
+          pack_row(source_.data + ((n * source_.h + row) * source_.w) * source_.pixel + source_.first_channel, out);
+      }
+}
+
+void Band::pack_row(const float* src, float* dst) const {
+  const auto& k = kernels().conv2d;
+  const int64_t count = columns_.per_phase(), step = columns_.step();
+  for (int64_t f = 0; f < columns_.phases(); ++f, dst += count * block_) {
+    // Packed column j holds source column (low + j) * step + phase; those in [0, w) are j in [begin, end).
+    const int64_t phase = columns_.phase(f), low = columns_.low();
+    const int64_t begin = std::clamp<int64_t>(ceil_divide(-phase, step) - low, 0, count);
+    const int64_t end = std::clamp<int64_t>(floor_divide(source_.w - 1 - phase, step) + 1 - low, begin, count);
+    for (int64_t b = 0; b < blocks_; ++b) {
+      float* row = dst + b * block_stride_;
+      std::memset(row, 0, begin * block_ * sizeof(float));
+      std::memset(row + end * block_, 0, (count - end) * block_ * sizeof(float));
+    }
+    if (begin == end) continue;
+    const float* s = src + ((low + begin) * step + phase) * source_.pixel;
+    if (block_ == kBlock)
+      k.pack_pixels(s, step * source_.pixel, end - begin, source_.channels, dst + begin * block_, block_stride_);
+    else
+      k.pack_small_pixels(s, step * source_.pixel, end - begin, source_.channels, dst + begin * block_);
+  }
+}
+
+}  // namespace fastconv::cpu

@@ -1,0 +1,358 @@
+// Direct implicit GEMM: a band of the source is packed once, then register tiles of (pixels x output channels) run over
+// all taps and channels with constant strides. One engine serves forward and input gradient: with a stride, the input
+// gradient is one ordinary stride-1 convolution of dy for each phase of the input pixels (AxisTaps).
+#include "cpu/conv2d_direct.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/allocator.h"
+#include "cpu/parallel.h"
+#include "cpu/registry.h"
+
+namespace fastconv::cpu::direct {
+namespace {
+
+// A packed band should stay in L2 beside the weight panel that runs over it.
+constexpr int64_t kBandFloats = 96 * 1024;
+// Chunks wanted at least, so that many cores find work.
+constexpr int64_t kMinChunks = 32;
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How outputs are cut into bands: whole images while they are small, else rows, else parts of rows.
+struct Blocking {
+  int64_t images, rows, columns;                    // of a band
+  int64_t image_bands, row_bands, column_bands;     // how many
+  int64_t bands() const { return image_bands * row_bands * column_bands; }
+};
+
+Blocking choose_blocking(const Band& band, int64_t images, int64_t rows, int64_t columns, int64_t tile,
+                         int64_t floats_wanted) {
+  Blocking b{1, rows, columns, images, 1, 1};
+  if (band.max_floats(1, 1, columns) > 2 * floats_wanted) {
+    // Even one row is too much: split columns, in multiples of the register tile.
+    int64_t width = columns;
+    while (width > 2 * tile && band.max_floats(1, 1, width) > floats_wanted) width = (width + 1) / 2;
+    b.columns = std::min(columns, ceil_divide(width, tile) * tile);
+    b.column_bands = ceil_divide(columns, b.columns);
+  }
+  while (b.rows > 2 && band.max_floats(1, b.rows, b.columns) > floats_wanted) b.rows = (b.rows + 1) / 2;
+  if (b.rows > 1 && b.rows % 2 == 1 && b.rows < rows) ++b.rows;  // tiles of two rows
+  b.row_bands = ceil_divide(rows, b.rows);
+  b.rows = std::min(rows, b.rows);
+  if (b.row_bands == 1 && b.column_bands == 1) {
+    const int64_t one = std::max<int64_t>(band.max_floats(1, rows, columns), 1);
+    b.images = std::clamp<int64_t>(floats_wanted / one, 1, std::max<int64_t>(images / 8, 1));
+    b.image_bands = ceil_divide(images, b.images);
+  }
+  return b;
+}
+
+struct BandRange {
+  int64_t n0, n1, y0, y1, x0, x1;
+};
+
+BandRange band_range(const Blocking& b, int64_t i, int64_t images, int64_t rows, int64_t columns) {
+  const int64_t column = i % b.column_bands, row = i / b.column_bands % b.row_bands,
+                image = i / b.column_bands / b.row_bands;
+  return {image * b.images,  std::min(images, (image + 1) * b.images),
+          row * b.rows,      std::min(rows, (row + 1) * b.rows),
+          column * b.columns, std::min(columns, (column + 1) * b.columns)};
+}
+
+// Output channels in panels of tile_k; the last one is half as wide where that is enough.
+struct Panels {
+  int64_t outs, tile_k, lanes;
+  int64_t count() const { return ceil_divide(outs, tile_k); }
+  int64_t channels(int64_t i) const { return std::min(tile_k, outs - i * tile_k); }
+  int64_t width(int64_t i) const { return channels(i) <= lanes ? lanes : tile_k; }
+};
+
+struct PackedWeights {
+  Buffer storage;
+  int64_t panel_floats;
+  const float* panel(int64_t i) const { return storage.as<float>() + i * panel_floats; }
+};
+
+// [group][panel][channel block][tap][channel][width]
+PackedWeights pack_weights(const DirectProblem& d, const Panels& panels) {
+  const auto& k = kernels().conv2d;
+  const int64_t taps = d.rows.taps.size() * d.columns.taps.size(), ins = d.source.channels;
+  PackedWeights packed{Buffer(std::max<int64_t>(d.groups * panels.count() * taps * ins * panels.tile_k, 1) *
+                              sizeof(float)),
+                       taps * ins * panels.tile_k};
+  parallel_for(d.groups * panels.count(), [&](int64_t i, int) {
+    const int64_t g = i / panels.count(), panel = i % panels.count(), width = panels.width(panel);
+    float* dst = packed.storage.as<float>() + i * packed.panel_floats;
+    const float* src = d.w.data + g * d.w.group + panel * panels.tile_k * d.w.out;
+    for (int64_t c = 0; c < ins; c += d.block) {
+      const int64_t channels = std::min(d.block, ins - c);
+      for (const auto& row : d.rows.taps)
+        for (const auto& column : d.columns.taps) {
+          k.pack_weights(src + c * d.w.in + row.index * d.w.row + column.index * d.w.column, d.w.out, d.w.in,
+                         panels.channels(panel), channels, width, dst);
+          dst += channels * width;
+        }
+    }
+  });
+  return packed;
+}
+
+// All output pixels of one band for one panel of channels.
+void run_panel(const DirectProblem& d, const Band& band, const BandRange& range, const float* w, int64_t g,
+               int64_t panel, const Panels& panels, std::vector<DirectTile::Tap>& taps) {
+  const auto& k = kernels().conv2d;
+  const int64_t row_taps = d.rows.taps.size(), column_taps = d.columns.taps.size();
+  const int64_t channel = g * d.outs + panel * panels.tile_k;
+  const int64_t vectors = panels.width(panel) / panels.lanes;
+  const int64_t width = range.x1 - range.x0;
+
+  DirectTile t{};
+  t.taps = taps.data();
+  t.panel_taps = row_taps * column_taps;
+  t.blocks = band.blocks();
+  t.block_stride = band.block_stride();
+  t.last_channels = d.source.channels - (band.blocks() - 1) * d.block;
+  t.w = w;
+  t.bias = d.epilogue.bias ? d.epilogue.bias + channel : nullptr;
+  t.low = d.epilogue.low, t.high = d.epilogue.high;
+  t.row_stride = d.rows.out_step * d.y_w * d.y_pixel;
+  t.pixel_stride = d.columns.out_step * d.y_pixel;
+  t.channels = panels.channels(panel);
+  t.streaming = d.streaming;
+
+  for (int64_t n = range.n0; n < range.n1; ++n)
+    for (int64_t y = range.y0; y < range.y1;) {
+      const int64_t rows = 2 * width <= k.tile_pixels && y + 1 < range.y1 ? 2 : 1;
+      t.tap_count = 0;
+      for (int64_t r = 0; r < row_taps; ++r)
+        for (int64_t s = 0; s < column_taps; ++s) {
+          int64_t at[2] = {-1, -1};
+          for (int64_t i = 0; i < rows; ++i) at[i] = band.offset(r, s, n, y + i, range.x0);
+          if (at[0] < 0 && at[1] < 0) continue;  // these rows lie in the padding
+          DirectTile::Tap& tap = taps[t.tap_count++];
+          for (int64_t i = 0; i < rows; ++i)
+            tap.x[i] = band.data() + (at[i] >= 0 ? at[i] : band.zero_offset(s, range.x0));
+          tap.index = r * column_taps + s;
+        }
+      const int64_t tiles = ceil_divide(width * rows, k.tile_pixels);
+      for (int64_t i = 0; i < tiles; ++i) {
+        const Range part = split(width, tiles, i);
+        const int64_t at = ((n * d.y_h + d.rows.out_first + y * d.rows.out_step) * d.y_w + d.columns.out_first +
+                            (range.x0 + part.begin) * d.columns.out_step) * d.y_pixel + channel;
+        t.x_offset = part.begin * d.block;
+        t.y = d.y + at;
+        t.residual = d.epilogue.residual ? d.epilogue.residual + at : nullptr;
+        k.direct[d.block == kBlock ? 0 : 1][vectors - 1][rows - 1][part.end - part.begin - 1](t);
+      }
+      y += rows;
+    }
+}
+
+}  // namespace
+
+void run(const DirectProblem& d) {
+  const auto& k = kernels().conv2d;
+  const Panels panels{d.outs, k.tile_k, k.lanes};
+  const PackedWeights weights = pack_weights(d, panels);
+  const Band shape(d.source, d.rows, d.columns, d.block);
+  const Blocking blocking =
+      choose_blocking(shape, d.images, d.rows.outputs, d.columns.outputs, k.tile_pixels, kBandFloats);
+  const int64_t panel_parts =
+      std::clamp<int64_t>(ceil_divide(kMinChunks, blocking.bands() * d.groups), 1, panels.count());
+  const int64_t band_floats = shape.max_floats(blocking.images, blocking.rows, blocking.columns);
+
+  const int threads = num_threads();
+  Buffer scratch(std::max<int64_t>(threads * band_floats, 1) * sizeof(float));
+  parallel_for(
+      blocking.bands() * d.groups * panel_parts,
+      [&](int64_t i, int thread) {
+        const int64_t part = i % panel_parts, g = i / panel_parts % d.groups, b = i / panel_parts / d.groups;
+        const BandRange range = band_range(blocking, b, d.images, d.rows.outputs, d.columns.outputs);
+        SourceImage source = d.source;
+        source.first_channel += g * d.source.channels;
+        Band band(source, d.rows, d.columns, d.block);
+        band.pack(scratch.as<float>() + thread * band_floats, range.n0, range.n1, range.y0, range.y1, range.x0,
+                  range.x1);
+        std::vector<DirectTile::Tap> taps(d.rows.taps.size() * d.columns.taps.size());
+        const Range mine = split(panels.count(), panel_parts, part);
+        for (int64_t panel = mine.begin; panel < mine.end; ++panel)
+          run_panel(d, band, range, weights.panel(g * panels.count() + panel), g, panel, panels, taps);
+      },
+      threads);
+}
+
+namespace {
+
+// Pixels of a band of the weight gradient: enough to repay loading and storing the accumulators, few enough that a
+// channel block of x and a slice of dy stay in L1.
+constexpr int64_t kGradientPixels = 192;
+
+}  // namespace
+
+void run(const WeightGradientProblem& d) {
+  const auto& k = kernels().conv2d;
+  const Panels panels{d.outs, k.tile_k, k.lanes};
+  const int64_t row_taps = d.rows.taps.size(), column_taps = d.columns.taps.size(), taps = row_taps * column_taps;
+  const int64_t rows = d.rows.outputs, columns = d.columns.outputs;
+  const Band shape(d.source, d.rows, d.columns, kBlock);
+
+  // Bands of about kGradientPixels output pixels.
+  Blocking b{1, 1, columns, d.images, 1, 1};
+  if (columns > 2 * kGradientPixels) {
+    b.column_bands = ceil_divide(columns, kGradientPixels);
+    b.columns = ceil_divide(columns, b.column_bands);
+    b.column_bands = ceil_divide(columns, b.columns);
+  }
+  b.row_bands = ceil_divide(rows, std::clamp<int64_t>(kGradientPixels / b.columns, 1, rows));
+  b.rows = ceil_divide(rows, b.row_bands);
+  b.row_bands = ceil_divide(rows, b.rows);
+  if (b.row_bands == 1 && b.column_bands == 1) {
+    b.images = std::clamp<int64_t>(kGradientPixels / (rows * columns), 1, std::max<int64_t>(d.images, 1));
+    b.image_bands = ceil_divide(d.images, b.images);
+  }
+
+  // A chunk owns one panel of one group over one part of the bands; the parts are summed in order at the end.
+  const int64_t slots = d.groups * panels.count();
+  const int64_t slot_floats = shape.blocks() * taps * kBlock * panels.tile_k;
+  const int64_t parts = std::clamp<int64_t>(ceil_divide(kMinChunks, slots), 1, std::min<int64_t>(b.bands(), 16));
+  Buffer sums(parts * slots * slot_floats * sizeof(float));
+
+  const int64_t pixels = b.images * b.rows * b.columns;
+  const int64_t band_floats = shape.max_floats(b.images, b.rows, b.columns);
+  const int64_t scratch_floats = band_floats + pixels * panels.tile_k;
+  const int threads = num_threads();
+  Buffer scratch(threads * scratch_floats * sizeof(float));
+
+  parallel_for(
+      parts * slots,
+      [&](int64_t i, int thread) {
+        const int64_t slot = i % slots, part = i / slots, g = slot / panels.count(), panel = slot % panels.count();
+        const int64_t width = panels.width(panel), channels = panels.channels(panel);
+        const int64_t dy_pixel = d.groups * d.outs;
+        float* acc = sums.as<float>() + i * slot_floats;
+        std::memset(acc, 0, slot_floats * sizeof(float));
+        float* packed = scratch.as<float>() + thread * scratch_floats;
+        float* dy = packed + band_floats;
+        SourceImage source = d.source;
+        source.first_channel += g * d.source.channels;
+        Band band(source, d.rows, d.columns, kBlock);
+        std::vector<int64_t> offsets(b.images * b.rows);
+
+        const Range mine = split(b.bands(), parts, part);
+        for (int64_t j = mine.begin; j < mine.end; ++j) {
+          const BandRange range = band_range(b, j, d.images, rows, columns);
+          band.pack(packed, range.n0, range.n1, range.y0, range.y1, range.x0, range.x1);
+          WeightTile t{};
+          t.columns = range.x1 - range.x0;
+          t.rows = (range.n1 - range.n0) * (range.y1 - range.y0);
+          t.row_offsets = offsets.data();
+          t.dy = dy;
+          t.width = width;
+          float* to = dy;
+          for (int64_t n = range.n0; n < range.n1; ++n)
+            for (int64_t y = range.y0; y < range.y1; ++y, to += t.columns * width)
+              k.pack_slice(d.dy + ((n * rows + y) * columns + range.x0) * dy_pixel + g * d.outs + panel * panels.tile_k,
+                           dy_pixel, t.columns, channels, width, to);
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            int64_t at = 0;
+            for (int64_t n = range.n0; n < range.n1; ++n)
+              for (int64_t y = range.y0; y < range.y1; ++y) {
+                const int64_t offset = band.offset(tap / column_taps, tap % column_taps, n, y, range.x0);
+                offsets[at++] = offset >= 0 ? offset : band.zero_offset(tap % column_taps, range.x0);
+              }
+            for (int64_t c = 0; c < band.blocks(); ++c) {
+              t.x = band.data() + c * band.block_stride();
+              t.channels = std::min(kBlock, d.source.channels - c * kBlock);
+              t.acc = acc + (c * taps + tap) * kBlock * width;
+              k.weight_tile(t);
+            }
+          }
+        }
+      },
+      threads);
+
+  // Sum of the parts in order, then out through the strides of dw.
+  auto* dw = const_cast<float*>(d.dw.data);
+  parallel_for(slots * shape.blocks(), [&](int64_t i, int) {
+    const int64_t slot = i / shape.blocks(), c0 = i % shape.blocks() * kBlock;
+    const int64_t g = slot / panels.count(), panel = slot % panels.count(), width = panels.width(panel);
+    const int64_t channels = std::min(kBlock, d.source.channels - c0), floats = taps * kBlock * width;
+    float* total = sums.as<float>() + slot * slot_floats + c0 * taps * width;
+    for (int64_t part = 1; part < parts; ++part) {
+      const float* more = total + part * slots * slot_floats;
+      for (int64_t j = 0; j < floats; ++j) total[j] += more[j];
+    }
+    for (int64_t o = 0; o < panels.channels(panel); ++o)
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        float* out = dw + g * d.dw.group + (panel * panels.tile_k + o) * d.dw.out + c0 * d.dw.in +
+                     d.rows.taps[tap / column_taps].index * d.dw.row +
+                     d.columns.taps[tap % column_taps].index * d.dw.column;
+        for (int64_t c = 0; c < channels; ++c) out[c * d.dw.in] = total[(tap * kBlock + c) * width + o];
+      }
+  });
+}
+
+WeightView forward_weights(const Conv2dProblem& a, const TensorView& w) {
+  return {w.as<float>(), a.kg() * w.strides[0], w.strides[0], w.strides[1], w.strides[2], w.strides[3]};
+}
+
+WeightView backward_weights(const Conv2dProblem& a, const TensorView& w) {
+  return {w.as<float>(), a.kg() * w.strides[0], w.strides[1], w.strides[0], w.strides[2], w.strides[3]};
+}
+
+const char* supports(const Conv2dProblem& a) {
+  if (a.dtype != DType::kFloat32) return "fp32 only";
+  // One packed row of padding and phases for all channels must stay a reasonable workspace.
+  const int64_t columns = a.w + a.q * a.stride_w + (a.s - 1) * a.dilation_w;
+  if (columns > (int64_t{1} << 26) / (a.cg() + a.kg() + kBlock)) return "a padded row is too long to pack";
+  if (a.r * a.s > (int64_t{1} << 30) / ((a.cg() + kBlock) * (a.k + kBlock))) return "the kernel is too large to pack";
+  return nullptr;
+}
+
+void forward(const Conv2dProblem& a, const ForwardArguments& args) {
+  run(DirectProblem{a.n,
+                    {static_cast<const float*>(args.x), a.h, a.w, a.c, 0, a.cg()},
+                    forward_axis(a.p, a.r, a.stride_h, a.pad_top, a.dilation_h),
+                    forward_axis(a.q, a.s, a.stride_w, a.pad_left, a.dilation_w),
+                    a.groups,
+                    a.kg(),
+                    forward_weights(a, args.w),
+                    static_cast<float*>(args.y),
+                    a.p,
+                    a.q,
+                    a.k,
+                    make_epilogue(args)});
+}
+
+void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) {
+  const auto columns = backward_axes(a.w, a.s, a.stride_w, a.pad_left, a.dilation_w);
+  for (const AxisTaps& row_axis : backward_axes(a.h, a.r, a.stride_h, a.pad_top, a.dilation_h))
+    for (const AxisTaps& column_axis : columns)
+      run(DirectProblem{a.n,
+                        {static_cast<const float*>(args.dy), a.p, a.q, a.k, 0, a.kg()},
+                        row_axis,
+                        column_axis,
+                        a.groups,
+                        a.cg(),
+                        backward_weights(a, args.w),
+                        static_cast<float*>(args.dx),
+                        a.h,
+                        a.w,
+                        a.c,
+                        {}});
+}
+
+void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args) {
+  run(WeightGradientProblem{a.n,
+                            {static_cast<const float*>(args.x), a.h, a.w, a.c, 0, a.cg()},
+                            forward_axis(a.p, a.r, a.stride_h, a.pad_top, a.dilation_h),
+                            forward_axis(a.q, a.s, a.stride_w, a.pad_left, a.dilation_w),
+                            a.groups,
+                            a.kg(),
+                            static_cast<const float*>(args.dy),
+                            forward_weights(a, args.dw)});
+}
+
+}  // namespace fastconv::cpu::direct

@@ -1,0 +1,46 @@
+// The direct engine, which several algorithms set up in their own way.
+#pragma once
+
+#include "cpu/conv2d_band.h"
+
+namespace fastconv::cpu::direct {
+
+// Weights as the engine reads them: element (out o, in i, row tap r, column tap s) of group g is
+// data[g * group + o * out + i * in + r * row + s * column].
+struct WeightView {
+  const float* data;
+  int64_t group, out, in, row, column;
+};
+
+// y[n, rows, columns, outs] = clamp(sum over taps and channels of x * w + bias + residual). Outputs go to
+// y[n][h][w][pixel] at the places that the axes name. For every group g the source's first channel is
+// g * source.channels, and outputs begin at channel g * outs.
+struct DirectProblem {
+  int64_t images;
+  SourceImage source;
+  AxisTaps rows, columns;
+  int64_t groups, outs;
+  WeightView w;
+  float* y;
+  int64_t y_h, y_w, y_pixel;
+  Epilogue epilogue;
+  int64_t block = kBlock;
+  bool streaming = false;
+};
+void run(const DirectProblem&);
+
+// dw[g][out][in][taps] = sum over pixels of dy * x, written through the strides of dw.
+struct WeightGradientProblem {
+  int64_t images;
+  SourceImage source;
+  AxisTaps rows, columns;
+  int64_t groups, outs;
+  const float* dy;  // [n][rows.outputs][columns.outputs][groups * outs]
+  WeightView dw;    // written
+};
+void run(const WeightGradientProblem&);
+
+WeightView forward_weights(const Conv2dProblem&, const TensorView& w);   // out = K, in = C
+WeightView backward_weights(const Conv2dProblem&, const TensorView& w);  // out = C, in = K
+
+}  // namespace fastconv::cpu::direct

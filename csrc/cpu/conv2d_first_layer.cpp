@@ -1,0 +1,119 @@
+// Few input channels (C <= 4), as in the first layer of a network. Bound by the writes of y and the reads of dy. Forward
+// is the direct engine with four floats a packed pixel and non-temporal stores; the weight gradient treats the
+// (column, channel) pairs of a kernel row as one index, because they are contiguous in a row of the image.
+#include <algorithm>
+#include <cstring>
+
+#include "core/allocator.h"
+#include "cpu/conv2d_direct.h"
+#include "cpu/parallel.h"
+#include "cpu/registry.h"
+
+namespace fastconv::cpu::first_layer {
+namespace {
+
+// Outputs larger than this leave the cache before anybody reads them: writing around it saves reading them first.
+constexpr int64_t kStreamFloats = int64_t{4} << 20;
+
+}  // namespace
+
+const char* supports(const Conv2dProblem& a) {
+  if (a.groups != 1) return "more than one group";
+  if (a.c > kSmallBlock) return "more than 4 input channels";
+  return direct::supports(a);
+}
+
+const char* supports_backward_weight(const Conv2dProblem& a) {
+  if (a.dilation_w != 1) return "dilated columns";
+  return supports(a);
+}
+
+void forward(const Conv2dProblem& a, const ForwardArguments& args) {
+  direct::DirectProblem d{a.n,
+                          {static_cast<const float*>(args.x), a.h, a.w, a.c, 0, a.c},
+                          forward_axis(a.p, a.r, a.stride_h, a.pad_top, a.dilation_h),
+                          forward_axis(a.q, a.s, a.stride_w, a.pad_left, a.dilation_w),
+                          1,
+                          a.k,
+                          direct::forward_weights(a, args.w),
+                          static_cast<float*>(args.y),
+                          a.p,
+                          a.q,
+                          a.k,
+                          make_epilogue(args)};
+  d.block = kSmallBlock;
+  d.streaming = a.k % 16 == 0 && a.n * a.p * a.q * a.k >= kStreamFloats;
+  direct::run(d);
+}
+
+void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args) {
+  const auto& k = kernels().conv2d;
+  const auto* x = static_cast<const float*>(args.x);
+  const auto* dy = static_cast<const float*>(args.dy);
+  const int64_t panels = (a.k + k.tile_k - 1) / k.tile_k, taps = a.s * a.c;
+  const int64_t panel_floats = a.r * taps * k.tile_k;
+  const int64_t rows = a.n * a.p;
+  const int64_t parts = std::clamp<int64_t>(rows / 16, 1, 32);
+  // A padded image row: pixel -pad_left first, as many as the last output reads.
+  const int64_t row_floats = ((a.q - 1) * a.stride_w + a.s) * a.c;
+  const int64_t scratch_floats = a.r * row_floats + a.q * k.tile_k;
+
+  Buffer sums(parts * panels * panel_floats * sizeof(float));
+  const int threads = num_threads();
+  Buffer scratch(threads * scratch_floats * sizeof(float));
+  parallel_for(
+      parts,
+      [&](int64_t i, int thread) {
+        float* acc = sums.as<float>() + i * panels * panel_floats;
+        std::memset(acc, 0, panels * panel_floats * sizeof(float));
+        float* packed = scratch.as<float>() + thread * scratch_floats;
+        float* slice = packed + a.r * row_floats;
+        const Range mine = split(rows, parts, i);
+        for (int64_t row = mine.begin; row < mine.end; ++row) {
+          const int64_t n = row / a.p, p = row % a.p;
+          const auto image_row = [&](int64_t r) { return p * a.stride_h - a.pad_top + r * a.dilation_h; };
+          for (int64_t r = 0; r < a.r; ++r) {
+            if (image_row(r) < 0 || image_row(r) >= a.h) continue;
+            float* to = packed + r * row_floats;
+            const int64_t width = row_floats / a.c;
+            const int64_t begin = std::min(a.pad_left, width), end = std::clamp(a.pad_left + a.w, begin, width);
+            std::memset(to, 0, begin * a.c * sizeof(float));
+            std::memcpy(to + begin * a.c, x + (n * a.h + image_row(r)) * a.w * a.c, (end - begin) * a.c * sizeof(float));
+            std::memset(to + end * a.c, 0, (width - end) * a.c * sizeof(float));
+          }
+          for (int64_t panel = 0; panel < panels; ++panel) {
+            const int64_t channels = std::min(k.tile_k, a.k - panel * k.tile_k);
+            FirstLayerWeightTile t{};
+            t.x_step = a.stride_w * a.c;
+            t.columns = a.q;
+            t.dy = slice;
+            t.width = channels <= k.lanes ? k.lanes : k.tile_k;
+            t.taps = taps;
+            k.pack_slice(dy + row * a.q * a.k + panel * k.tile_k, a.k, a.q, channels, t.width, slice);
+            for (int64_t r = 0; r < a.r; ++r) {
+              if (image_row(r) < 0 || image_row(r) >= a.h) continue;
+              t.x = packed + r * row_floats;
+              t.acc = acc + panel * panel_floats + r * taps * t.width;
+              k.first_layer_weight_tile(t);
+            }
+          }
+        }
+      },
+      threads);
+
+  auto* total = sums.as<float>();
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t j = 0; j < panels * panel_floats; ++j) total[j] += total[part * panels * panel_floats + j];
+  const auto& stride = args.dw.strides;
+  for (int64_t o = 0; o < a.k; ++o) {
+    const int64_t panel = o / k.tile_k, channels = std::min(k.tile_k, a.k - panel * k.tile_k);
+    const int64_t width = channels <= k.lanes ? k.lanes : k.tile_k;
+    for (int64_t r = 0; r < a.r; ++r)
+      for (int64_t s = 0; s < a.s; ++s)
+        for (int64_t c = 0; c < a.c; ++c)
+          args.dw.as<float>()[o * stride[0] + c * stride[1] + r * stride[2] + s * stride[3]] =
+              total[panel * panel_floats + (r * taps + s * a.c + c) * width + o % k.tile_k];
+  }
+}
+
+}  // namespace fastconv::cpu::first_layer

@@ -1,0 +1,8 @@
+// The kernels compiled for avx2; exports one symbol.
+#include "cpu/kernels/simd_avx2.h"
+#include "cpu/kernels/table.inl.h"
+
+namespace fastconv::cpu {
+extern const KernelTable table_avx2;
+const KernelTable table_avx2 = kernel_table();
+}  // namespace fastconv::cpu

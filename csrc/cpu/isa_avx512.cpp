@@ -1,0 +1,8 @@
+// The kernels compiled for avx512; exports one symbol.
+#include "cpu/kernels/simd_avx512.h"
+#include "cpu/kernels/table.inl.h"
+
+namespace fastconv::cpu {
+extern const KernelTable table_avx512;
+const KernelTable table_avx512 = kernel_table();
+}  // namespace fastconv::cpu

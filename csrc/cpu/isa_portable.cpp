@@ -1,0 +1,8 @@
+// The kernels compiled for portable; exports one symbol.
+#include "cpu/kernels/simd_portable.h"
+#include "cpu/kernels/table.inl.h"
+
+namespace fastconv::cpu {
+extern const KernelTable table_portable;
+const KernelTable table_portable = kernel_table();
+}  // namespace fastconv::cpu

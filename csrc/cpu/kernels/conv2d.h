@@ -1,0 +1,125 @@
+// The convolution kernels that every ISA provides. Everything here is fp32 and channels-last.
+#pragma once
+
+#include <cstdint>
+
+namespace fastconv::cpu {
+
+// Channels are packed in blocks of this many floats (a cache line), so that neighbouring pixels of a packed band are at
+// a distance known at compile time.
+constexpr int64_t kBlock = 16;
+// First layers (C <= 4) pack a pixel into this many floats.
+constexpr int64_t kSmallBlock = 4;
+
+// What is done to a finished sum before it is stored: y = clamp(sum + bias + residual, low, high).
+struct Epilogue {
+  const float* bias = nullptr;      // [K]
+  const float* residual = nullptr;  // shaped like y
+  float low = -__builtin_inff(), high = __builtin_inff();
+};
+
+// One register tile of a direct convolution: rows x pixels outputs of tile_k channels.
+struct DirectTile {
+  struct Tap {
+    const float* x[2];  // packed input under this tap for the tile's first pixel, of each row
+    int64_t index;      // which of the panel's taps it is
+  };
+  const Tap* taps;
+  int64_t tap_count;
+  int64_t x_offset;         // of the tile within its rows, added to every x
+  int64_t panel_taps;       // taps in the weight panel, of which tap_count meet the image
+  int64_t blocks;           // channel blocks
+  int64_t block_stride;     // between channel blocks of x
+  int64_t last_channels;    // channels in the last block
+  const float* w;           // panel [block][tap][channel][vectors * lanes]
+  float* y;                 // first pixel, first channel of the tile
+  const float* residual;    // the same place of the residual, or null
+  const float* bias;        // first channel, or null
+  int64_t row_stride, pixel_stride;  // of y and residual
+  int64_t channels;         // channels to store, <= tile_k
+  float low, high;
+  bool streaming;           // non-temporal stores; y and pixel_stride aligned to a vector
+};
+using DirectTileFunction = void (*)(const DirectTile&);
+
+// Weight gradient of one tap: acc[c][0..width) += sum over pixels of x[pixel][c] dy[pixel][0..width), c < kBlock.
+struct WeightTile {
+  const float* x;              // one channel block of a packed band
+  const int64_t* row_offsets;  // of x, one an output row
+  int64_t rows, columns;       // output pixels of the band
+  const float* dy;             // [rows * columns][width], packed
+  int64_t width;               // lanes or 2 * lanes
+  int64_t channels;            // channels wanted, <= kBlock
+  float* acc;                  // [kBlock][width]
+};
+
+// Weight gradient of a first layer for one kernel row: acc[j][0..width) += sum over pixels x[pixel * x_step + j] dy[pixel].
+struct FirstLayerWeightTile {
+  const float* x;
+  int64_t x_step;
+  int64_t columns;
+  const float* dy;        // [columns][width], packed
+  int64_t width;          // lanes or 2 * lanes
+  int64_t taps;           // j < taps: (kernel columns) x (channels)
+  float* acc;             // [taps][width]
+};
+
+// One row of a depthwise convolution over `channels` channels:
+// y[j * y_step] = sum over (a, b) w[(a * columns + b)] * x_rows[a][(first + j * step + b * tap_step)]
+struct DepthwiseRow {
+  const float* const* x_rows;  // one a kernel row; null: the row lies in the padding
+  int64_t kernel_rows, kernel_columns;
+  int64_t x_width;             // pixels of a source row
+  int64_t first, step, tap_step;  // source column of output 0 and tap 0; per output; per tap
+  int64_t x_pixel, y_pixel;    // distance of neighbouring source columns / consecutive outputs, in floats
+  const float* w;              // [kernel_rows * kernel_columns][w_stride]
+  int64_t w_stride;
+  float* y;
+  const float* residual;       // like y, or null
+  const float* bias;           // or null
+  int64_t outputs;
+  int64_t channels;
+  float low, high;
+  bool streaming;              // non-temporal stores of full vectors; y and y_pixel aligned
+};
+
+// dw[a * columns + b][c] += sum over j of dy[j][c] x_rows[a][first + j * step + b * tap_step][c]
+struct DepthwiseWeightRow {
+  const float* const* x_rows;  // [output_rows][kernel_rows]; null: in the padding
+  const float* const* dy_rows;
+  int64_t output_rows;
+  int64_t kernel_rows, kernel_columns;
+  int64_t x_width;
+  int64_t first, step, tap_step;
+  int64_t pixel;               // floats between neighbouring pixels of x and of dy
+  float* dw;                   // [kernel_rows * kernel_columns][dw_stride]
+  int64_t dw_stride;
+  int64_t outputs;
+  int64_t channels;
+};
+
+struct Conv2dKernels {
+  int64_t lanes;
+  int64_t tile_pixels;  // pixels of a direct tile: rows * pixels <= tile_pixels
+  int64_t tile_k;       // channels of a direct tile
+  // [channel block: kBlock, kSmallBlock][vectors - 1][rows - 1][pixels - 1]; null beyond tile_pixels
+  DirectTileFunction direct[2][2][2][16];
+  // dst[block * block_stride + p * kBlock + i] = src[p * src_step + block * kBlock + i], zero beyond channels. A pixel of
+  // at most kSmallBlock channels packed for a first layer is the same with kSmallBlock floats and no zeros.
+  void (*pack_pixels)(const float* src, int64_t src_step, int64_t pixels, int64_t channels, float* dst,
+                      int64_t block_stride);
+  void (*pack_small_pixels)(const float* src, int64_t src_step, int64_t pixels, int64_t channels, float* dst);
+  // dst[p * width + i] = src[p * src_step + i] for i < valid, zero up to width
+  void (*pack_slice)(const float* src, int64_t src_step, int64_t pixels, int64_t valid, int64_t width, float* dst);
+  // One block of a weight panel: dst[i * width + o] = src[o * out_step + i * in_step], o < outs, i < ins; zero for
+  // outs <= o < width
+  void (*pack_weights)(const float* src, int64_t out_step, int64_t in_step, int64_t outs, int64_t ins, int64_t width,
+                       float* dst);
+  void (*weight_tile)(const WeightTile&);
+  void (*first_layer_weight_tile)(const FirstLayerWeightTile&);
+  void (*depthwise_row)(const DepthwiseRow&);
+  void (*depthwise_weight_rows)(const DepthwiseWeightRow&);
+  double (*fma_burst)(int64_t iterations);  // returns the floating-point operations done: for the roofline
+};
+
+}  // namespace fastconv::cpu

@@ -1,0 +1,38 @@
+// AVX2 with FMA: 16 registers of 8 floats.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#define FC_ISA_NAME "avx2"
+
+namespace fastconv::cpu {
+namespace {
+
+using Vec = __m256;
+constexpr int kLanes = 8;
+constexpr int kTilePixels = 6;    // 6 x 2 accumulators + 2 weights + 1 broadcast = 15 of 16 registers
+constexpr int kTileChannels = 4;  // weight gradient: 4 x 2 accumulators cover the FMA latency
+
+inline __m256i first(int64_t n) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane);
+}
+inline Vec zero() { return _mm256_setzero_ps(); }
+inline Vec set1(float a) { return _mm256_set1_ps(a); }
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline Vec load_first(const float* p, int64_t n) { return _mm256_maskload_ps(p, first(n)); }
+inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
+inline void store_first(float* p, Vec a, int64_t n) { _mm256_maskstore_ps(p, first(n), a); }
+inline void stream(float* p, Vec a) { _mm256_stream_ps(p, a); }  // p 32-byte aligned
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+// The second operand is returned where one is NaN, so NaN passes through a clamp.
+inline Vec clamp(Vec a, Vec low, Vec high) { return _mm256_min_ps(high, _mm256_max_ps(low, a)); }
+inline void prefetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch_l2(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+
+}  // namespace
+}  // namespace fastconv::cpu

@@ -1,0 +1,35 @@
+// AVX-512: 32 registers of 16 floats.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#define FC_ISA_NAME "avx512"
+
+namespace fastconv::cpu {
+namespace {
+
+using Vec = __m512;
+constexpr int kLanes = 16;
+constexpr int kTilePixels = 14;   // 14 x 2 accumulators + 2 weights + 1 broadcast = 31 of 32 registers
+constexpr int kTileChannels = 8;  // weight gradient: 8 x 2 accumulators cover the FMA latency
+
+inline __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec set1(float a) { return _mm512_set1_ps(a); }
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
+inline void store_first(float* p, Vec a, int64_t n) { _mm512_mask_storeu_ps(p, first(n), a); }
+inline void stream(float* p, Vec a) { _mm512_stream_ps(p, a); }  // p 64-byte aligned
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+// The second operand is returned where one is NaN, so NaN passes through a clamp.
+inline Vec clamp(Vec a, Vec low, Vec high) { return _mm512_min_ps(high, _mm512_max_ps(low, a)); }
+inline void prefetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch_l2(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+
+}  // namespace
+}  // namespace fastconv::cpu

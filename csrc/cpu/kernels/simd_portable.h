@@ -1,0 +1,42 @@
+// Any machine: vectors of four floats in the compiler's own extension (SSE2, NEON, or plain code).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#define FC_ISA_NAME "portable"
+
+namespace fastconv::cpu {
+namespace {
+
+typedef float Vec __attribute__((vector_size(16)));
+typedef float UnalignedVec __attribute__((vector_size(16), aligned(4)));
+constexpr int kLanes = 4;
+constexpr int kTilePixels = 6;    // 6 x 2 accumulators + 2 weights + 1 broadcast = 15 of 16 registers
+constexpr int kTileChannels = 4;  // weight gradient: 4 x 2 accumulators
+
+inline Vec zero() { return Vec{0, 0, 0, 0}; }
+inline Vec set1(float a) { return Vec{a, a, a, a}; }
+inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+inline Vec load_first(const float* p, int64_t n) {
+  Vec a = zero();
+  for (int64_t i = 0; i < n; ++i) a[i] = p[i];
+  return a;
+}
+inline void store(float* p, Vec a) { *reinterpret_cast<UnalignedVec*>(p) = a; }
+inline void store_first(float* p, Vec a, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = a[i];
+}
+inline void stream(float* p, Vec a) { store(p, a); }
+inline Vec add(Vec a, Vec b) { return a + b; }
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+// A comparison with NaN is false, so NaN passes through a clamp.
+inline Vec clamp(Vec a, Vec low, Vec high) {
+  a = a < low ? low : a;
+  return a > high ? high : a;
+}
+inline void prefetch(const float* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch_l2(const float* p) { __builtin_prefetch(p, 0, 2); }
+
+}  // namespace
+}  // namespace fastconv::cpu

@@ -1,0 +1,32 @@
+// Gathers the kernels of one ISA. Included after its simd_<isa>.h by isa_<isa>.cpp alone.
+#pragma once
+
+#include "cpu/kernels/conv2d.inl.h"
+#include "cpu/kernels/depthwise.inl.h"
+#include "cpu/kernels/table.h"
+
+namespace fastconv::cpu {
+namespace {
+
+constexpr Conv2dKernels conv2d_kernels() {
+  return {
+      kLanes,
+      kTilePixels,
+      kTileVectors * kLanes,
+      {FC_DIRECT_BLOCK(kBlock), FC_DIRECT_BLOCK(kSmallBlock)},
+      pack_pixels,
+      pack_small_pixels,
+      pack_slice,
+      pack_weights,
+      weight_tile,
+      first_layer_weight_tile,
+      depthwise_row,
+      depthwise_weight_rows,
+      fma_burst,
+  };
+}
+
+constexpr KernelTable kernel_table() { return {FC_ISA_NAME, conv2d_kernels()}; }
+
+}  // namespace
+}  // namespace fastconv::cpu
