@@ -10,31 +10,24 @@ namespace {
 
 using MaybeArray = std::optional<py::array>;
 
-// Bias and residual as the kernels take them: a dense vector of K, and a tensor shaped and laid out like y.
-struct Extras {
-  Extras(const Conv2dProblem& problem, const MaybeArray& bias, const MaybeArray& residual) {
-    if (bias) {
-      const TensorView v = view(*bias, "bias");
-      FC_CHECK_TYPE(v.dtype == problem.dtype, "bias must be ", name(problem.dtype), ", got ", name(v.dtype));
-      FC_CHECK(v.ndim == 1 && v.sizes[0] == problem.k, "bias must have shape (", problem.k, ",), got ",
-               shape_string(v));
-      bias_ = Buffer(std::max<int64_t>(v.sizes[0], 1) * itemsize(v.dtype));
-      dispatch_float(v.dtype, [&](auto t) {
-        using T = decltype(t);
-        for (int64_t i = 0; i < v.sizes[0]; ++i) bias_.as<T>()[i] = v.as<T>()[i * v.strides[0]];
-      });
-    }
-    if (residual) {
-      residual_.emplace(*residual, "residual");
-      problem.check("residual", residual_->view(), problem.y_shape());
-    }
+// An optional vector of n, dense.
+class DenseVector {
+ public:
+  DenseVector(const MaybeArray& array, const char* role, DType dtype, int64_t n) {
+    if (!array) return;
+    const TensorView v = view(*array, role);
+    FC_CHECK_TYPE(v.dtype == dtype, role, " must be ", name(dtype), ", got ", name(v.dtype));
+    FC_CHECK(v.ndim == 1 && v.sizes[0] == n, role, " must have shape (", n, ",), got ", shape_string(v));
+    dense_ = Buffer(std::max<int64_t>(n, 1) * itemsize(dtype));
+    dispatch_float(dtype, [&](auto t) {
+      using T = decltype(t);
+      for (int64_t i = 0; i < n; ++i) dense_.as<T>()[i] = v.as<T>()[i * v.strides[0]];
+    });
   }
-  const void* bias() const { return bias_.as<void>(); }
-  const void* residual() const { return residual_ ? residual_->data() : nullptr; }
+  const void* data() const { return dense_.as<void>(); }
 
  private:
-  Buffer bias_;
-  std::optional<ChannelsLast> residual_;
+  Buffer dense_;
 };
 
 py::array conv2d(const py::array& x_in, const py::array& w_in, const MaybeArray& bias, const MaybeArray& residual,
@@ -45,10 +38,16 @@ py::array conv2d(const py::array& x_in, const py::array& w_in, const MaybeArray&
                                             dilation, groups);
   dispatch_float(problem.dtype, [](auto) {});
   problem.check("weight", w, problem.w_shape());
-  const Extras extras(problem, bias, residual);
+  const DenseVector dense_bias(bias, "bias", problem.dtype, problem.k);
+  std::optional<ChannelsLast> dense_residual;
+  if (residual) {
+    problem.check("residual", view(*residual, "residual"), problem.y_shape());
+    dense_residual.emplace(*residual, "residual");
+  }
   const ChannelsLast x(x_in, "input");
   Output y(problem.dtype, problem.y_shape(), x.layout());
-  const cpu::ForwardArguments args{x.data(), w, extras.bias(), extras.residual(), parse_activation(activation), y.data()};
+  const cpu::ForwardArguments args{x.data(), w, dense_bias.data(), dense_residual ? dense_residual->data() : nullptr,
+                                   parse_activation(activation), y.data()};
   {
     py::gil_scoped_release nogil;
     cpu::conv2d_forward(problem, args);
@@ -83,14 +82,15 @@ py::array backward_weight(const Conv2dProblem& problem, const py::array& dy_in, 
   return dw;
 }
 
-py::array backward_bias(const Conv2dProblem& problem, const py::array& dy_in) {
+// The gradient of a bias: dy[N, K, P, Q] summed over batch and pixels.
+py::array channel_sums(const py::array& dy_in, DType dtype) {
   const ChannelsLast dy(dy_in, "dy");
-  problem.check("dy", dy.view(), problem.y_shape());
-  py::array db = new_array(problem.dtype, {problem.k});
+  const auto& sizes = dy.view().sizes;
+  py::array db = new_array(dtype, {sizes[1]});
   void* out = db.mutable_data();
   {
     py::gil_scoped_release nogil;
-    cpu::conv2d_backward_bias(problem, dy.data(), out);
+    cpu::channel_sums(dtype, sizes[0] * sizes[2] * sizes[3], sizes[1], dy.data(), out);
   }
   return db;
 }
@@ -108,44 +108,55 @@ Gradients conv2d_backward(const py::array& dy, const py::array& x, const py::arr
   Gradients out;
   if (needs[0]) std::get<0>(out) = backward_input(problem, dy, w, layout_of(x_view));
   if (needs[1]) std::get<1>(out) = backward_weight(problem, dy, x, layout_of(w_view));
-  if (needs[2]) std::get<2>(out) = backward_bias(problem, dy);
+  if (needs[2]) std::get<2>(out) = channel_sums(dy, problem.dtype);
   return out;
 }
 
-// y of a transposed convolution is the input gradient of the convolution `problem`, plus a bias.
-py::array conv_transpose2d(const py::array& x, const py::array& w, Pair stride, Pair padding, Pair output_padding,
-                           Pair dilation, int64_t groups) {
-  const TensorView x_view = view(x, "input");
-  const Conv2dProblem problem = make_conv_transpose2d(x_view.dtype, shape4(x_view, "input"),
-                                                      shape4(view(w, "weight"), "weight"), stride, padding,
-                                                      output_padding, dilation, groups);
+Conv2dProblem transpose_problem(const TensorView& x, const TensorView& w, Pair stride, Pair padding,
+                                Pair output_padding, Pair dilation, int64_t groups) {
+  const Conv2dProblem problem = make_conv_transpose2d(x.dtype, shape4(x, "input"), shape4(w, "weight"), stride,
+                                                      padding, output_padding, dilation, groups);
   dispatch_float(problem.dtype, [](auto) {});
-  return backward_input(problem, x, w, layout_of(x_view));
+  problem.check("weight", w, problem.w_shape());
+  return problem;
 }
 
-std::tuple<MaybeArray, MaybeArray> conv_transpose2d_backward(const py::array& dy, const py::array& x,
-                                                             const py::array& w, Pair stride, Pair padding,
-                                                             Pair output_padding, Pair dilation, int64_t groups,
-                                                             std::array<bool, 2> needs) {
-  const TensorView x_view = view(x, "input"), w_view = view(w, "weight");
-  const Conv2dProblem problem = make_conv_transpose2d(x_view.dtype, shape4(x_view, "input"),
-                                                      shape4(w_view, "weight"), stride, padding, output_padding,
-                                                      dilation, groups);
-  dispatch_float(problem.dtype, [](auto) {});
-  problem.check("weight", w_view, problem.w_shape());
-  problem.check("dy", view(dy, "dy"), problem.x_shape());
-  std::tuple<MaybeArray, MaybeArray> out;
+// y of a transposed convolution is the input gradient of the convolution `problem`, plus a bias.
+py::array conv_transpose2d(const py::array& x_in, const py::array& w_in, const MaybeArray& bias, Pair stride,
+                           Pair padding, Pair output_padding, Pair dilation, int64_t groups) {
+  const TensorView w = view(w_in, "weight");
+  const Conv2dProblem problem =
+      transpose_problem(view(x_in, "input"), w, stride, padding, output_padding, dilation, groups);
+  const DenseVector dense_bias(bias, "bias", problem.dtype, problem.c);
+  const ChannelsLast x(x_in, "input");
+  Output y(problem.dtype, problem.x_shape(), x.layout());
+  {
+    py::gil_scoped_release nogil;
+    cpu::conv2d_backward_input(problem, {x.data(), w, y.data()});
+    if (bias) cpu::add_channel_bias(problem.dtype, problem.n * problem.h * problem.w, problem.c, dense_bias.data(), y.data());
+  }
+  return y.finish();
+}
+
+Gradients conv_transpose2d_backward(const py::array& dy_in, const py::array& x, const py::array& w_in, Pair stride,
+                                    Pair padding, Pair output_padding, Pair dilation, int64_t groups,
+                                    std::array<bool, 3> needs) {
+  const TensorView x_view = view(x, "input"), w = view(w_in, "weight");
+  const Conv2dProblem problem = transpose_problem(x_view, w, stride, padding, output_padding, dilation, groups);
+  problem.check("dy", view(dy_in, "dy"), problem.x_shape());
+  Gradients out;
   if (needs[0]) {
-    const ChannelsLast g(dy, "dy");
+    const ChannelsLast dy(dy_in, "dy");
     Output dx(problem.dtype, problem.y_shape(), layout_of(x_view));
     {
       py::gil_scoped_release nogil;
-      cpu::conv2d_forward(problem, {g.data(), w_view, nullptr, nullptr, Activation::kNone, dx.data()});
+      cpu::conv2d_forward(problem, {dy.data(), w, nullptr, nullptr, Activation::kNone, dx.data()});
     }
     std::get<0>(out) = dx.finish();
   }
   // Here x plays dy and dy plays x.
-  if (needs[1]) std::get<1>(out) = backward_weight(problem, x, dy, layout_of(w_view));
+  if (needs[1]) std::get<1>(out) = backward_weight(problem, x, dy_in, layout_of(w));
+  if (needs[2]) std::get<2>(out) = channel_sums(dy_in, problem.dtype);
   return out;
 }
 
@@ -163,8 +174,8 @@ void bind_conv2d(py::module_& m) {
         "activation"_a);
   m.def("conv2d_backward", &conv2d_backward, "dy"_a, "x"_a, "w"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a,
         "needs"_a);
-  m.def("conv_transpose2d", &conv_transpose2d, "x"_a, "w"_a, "stride"_a, "padding"_a, "output_padding"_a, "dilation"_a,
-        "groups"_a);
+  m.def("conv_transpose2d", &conv_transpose2d, "x"_a, "w"_a, "bias"_a, "stride"_a, "padding"_a, "output_padding"_a,
+        "dilation"_a, "groups"_a);
   m.def("conv_transpose2d_backward", &conv_transpose2d_backward, "dy"_a, "x"_a, "w"_a, "stride"_a, "padding"_a,
         "output_padding"_a, "dilation"_a, "groups"_a, "needs"_a);
   m.def(

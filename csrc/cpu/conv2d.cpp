@@ -106,10 +106,21 @@ void column_sums(const T* dy, int64_t rows, int64_t k, T* db) {
 
 }  // namespace
 
-void conv2d_backward_bias(const Conv2dProblem& a, const void* dy, void* db) {
-  dispatch_float(a.dtype, [&](auto t) {
+void channel_sums(DType dtype, int64_t rows, int64_t channels, const void* dy, void* db) {
+  dispatch_float(dtype, [&](auto t) {
     using T = decltype(t);
-    column_sums(static_cast<const T*>(dy), a.n * a.p * a.q, a.k, static_cast<T*>(db));
+    column_sums(static_cast<const T*>(dy), rows, channels, static_cast<T*>(db));
+  });
+}
+
+void add_channel_bias(DType dtype, int64_t rows, int64_t channels, const void* bias, void* y) {
+  dispatch_float(dtype, [&](auto t) {
+    using T = decltype(t);
+    const auto* b = static_cast<const T*>(bias);
+    parallel_ranges(rows, std::max<int64_t>(16384 / std::max<int64_t>(channels, 1), 1), [&](int64_t begin, int64_t end) {
+      for (T* row = static_cast<T*>(y) + begin * channels; begin < end; ++begin, row += channels)
+        for (int64_t j = 0; j < channels; ++j) row[j] += b[j];
+    });
   });
 }
 

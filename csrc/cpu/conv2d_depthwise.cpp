@@ -36,11 +36,13 @@ int64_t tap_step(const AxisTaps& axis) {
 // y (images of y_h x y_w) at the places that the axes name = correlation of x (x_h x x_w) with the axes' taps.
 void run(const float* x, int64_t images, int64_t x_h, int64_t x_w, int64_t channels, const TensorView& w,
          const AxisTaps& rows, const AxisTaps& columns, float* y, int64_t y_h, int64_t y_w, const Epilogue& epilogue) {
+  // Without taps on one axis (a phase that no kernel element reaches) there are none at all.
+  const bool reached = !rows.taps.empty() && !columns.taps.empty();
   const Buffer weights = pack_weights(w, rows, columns, channels);
   const bool streaming = channels % 16 == 0 && images * y_h * y_w * channels >= kStreamFloats;
   parallel_ranges(images * rows.outputs, std::max<int64_t>(16384 / (columns.outputs * channels), 1),
                   [&](int64_t begin, int64_t end) {
-    std::vector<const float*> x_rows(rows.taps.size());
+    std::vector<const float*> x_rows(reached ? rows.taps.size() : 0);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / rows.outputs, j = i % rows.outputs;
       for (size_t a = 0; a < x_rows.size(); ++a) {
@@ -50,7 +52,7 @@ void run(const float* x, int64_t images, int64_t x_h, int64_t x_w, int64_t chann
       const int64_t at = ((n * y_h + rows.out_first + j * rows.out_step) * y_w + columns.out_first) * channels;
       DepthwiseRow t{};
       t.x_rows = x_rows.data();
-      t.kernel_rows = rows.taps.size(), t.kernel_columns = columns.taps.size();
+      t.kernel_rows = x_rows.size(), t.kernel_columns = columns.taps.size();
       t.x_width = x_w;
       t.first = first_offset(columns), t.step = columns.step, t.tap_step = tap_step(columns);
       t.x_pixel = channels, t.y_pixel = columns.out_step * channels;

@@ -1,0 +1,278 @@
+"""The command `fastconv`: train, eval, summary, info.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed on the way, 2
+asked for something that is not there or not possible, 130 interrupted. An error is one line;
+FASTCONV_DEBUG=1 shows where it came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import fastconv
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line (sys.argv without its arguments) and returns the exit code."""
+    try:
+        options = _parser().parse_args(arguments)
+        command: Callable[[argparse.Namespace], None] = options.command
+        command(options)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt as interrupt:
+        print(
+            f"fastconv: {interrupt}" if interrupt.args else "fastconv: interrupted", file=sys.stderr
+        )
+        return 130
+    except BrokenPipeError:  # the reader of the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("FASTCONV_DEBUG") == "1":
+            raise
+        print(f"fastconv: error: {_one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, _WRONG_REQUEST) else 1
+
+
+_WRONG_REQUEST = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    expected = (*_WRONG_REQUEST, OSError, ImportError, RuntimeError)
+    return text if text and isinstance(error, expected) else f"{type(error).__name__}: {text}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as every other error, instead of the whole usage."""
+        print(f"fastconv: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="fastconv", description="Convolutional networks with handwritten kernels."
+    )
+    parser.add_argument("--version", action="version", version=f"fastconv {fastconv.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_eval(commands)
+    _add_summary(commands)
+    _add_info(commands)
+    return parser
+
+
+def _add_command(commands: Any, name: str, run: Callable[..., None], text: str) -> _Parser:
+    parser: _Parser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + "."
+    )
+    parser.set_defaults(command=run)
+    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
+    return parser
+
+
+def _add_train(commands: Any) -> None:
+    text = "train a model: without options SmallCNN on 5,000 MNIST digits"
+    parser = _add_command(commands, "train", _train, text)
+    # Options that were not given stay absent, so that the defaults have one place, TrainConfig.
+    absent: dict[str, Any] = {"default": argparse.SUPPRESS}
+    for name, kind, meaning in (
+        ("model", str, "name of the model (smallcnn)"),
+        ("data", str, "mnist5k, mnist, cifar10, cifar100 or folder (mnist5k)"),
+        (
+            "data-dir",
+            str,
+            "folder with the files of the data set; for `folder` it holds train/ and test/",
+        ),
+        ("image-size", int, "height and width that images of `folder` are scaled to (32)"),
+        ("epochs", int, "times through the training images (6)"),
+        ("batch-size", int, "images a step (64)"),
+        ("optimizer", str, "adamw or sgd (adamw)"),
+        ("lr", float, "learning rate (0.001 for adamw, 0.05 for sgd)"),
+        ("momentum", float, "of sgd (0.9)"),
+        ("weight-decay", float, "(0.01 for adamw, 0.0005 for sgd)"),
+        ("schedule", str, "of the learning rate: cosine or constant (cosine)"),
+        ("warmup-steps", int, "steps of linear warm-up (50)"),
+        ("label-smoothing", float, "(0)"),
+        (
+            "crop-padding",
+            int,
+            "pixels of the random crop (2 for digits, 4 otherwise; 0 turns it off)",
+        ),
+        ("seed", int, "of weights, order, augmentation and dropout (0)"),
+        ("threads", int, "no influence on the result (all cores)"),
+        ("log-every", int, "steps between two lines of metrics.jsonl (10)"),
+        ("checkpoint-every", int, "steps between two checkpoints (50)"),
+        ("prefetch", int, "batches prepared ahead (2)"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, metavar=_metavar(kind), help=meaning, **absent)
+    flip = argparse.BooleanOptionalAction
+    parser.add_argument(
+        "--flip", action=flip, help="mirror images at random (not for digits)", **absent
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--out", metavar="DIR", help="folder of the run (a new one in runs/)")
+    where.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
+    where.add_argument("--no-save", action="store_true", help="keep nothing on the disk")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
+
+
+def _metavar(kind: type) -> str:
+    return {str: "NAME", int: "N", float: "X"}[kind]
+
+
+def _train(options: argparse.Namespace) -> None:
+    from fastconv import train
+    from fastconv.progress import choose_progress
+
+    names = {field.name for field in fields(train.TrainConfig)}
+    given = {name: value for name, value in vars(options).items() if name in names}
+    progress = choose_progress()
+    out = options.resume
+    try:
+        if options.resume is not None:
+            config = train.load_config(options.resume)
+            result = train.resume(options.resume, progress=progress, **given)
+        else:
+            config = train.TrainConfig(**given).resolved()
+            if not options.no_save:
+                out = options.out or _new_folder(Path("runs"), f"{config.model}-{config.data}")
+            result = train.train(config, out, overwrite=options.overwrite, progress=progress)
+    except KeyboardInterrupt:
+        saved = out is not None and (Path(out) / "last.safetensors").exists()
+        how = f"; go on with: fastconv train --resume {out}" if saved else ""
+        raise KeyboardInterrupt(f"interrupted{how}") from None
+    figures = {"model": config.model, "data": config.data, "seed": config.seed, **result.as_dict()}
+    if options.json:
+        print(json.dumps(figures))
+        return
+    speed = result.images_per_second
+    print(
+        f"test accuracy {result.test_accuracy:.2%} after {result.epochs} epochs "
+        f"(best {result.best_test_accuracy:.2%} after {result.best_epoch}), "
+        + (f"{speed:,.0f} images/s, " if speed is not None else "")
+        + f"{result.seconds:.1f} s"
+    )
+    if out is not None:
+        print(f"run in {out}")
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """parent/name, or the first of name-2, name-3, ... that is not there yet."""
+    number, path = 1, parent / name
+    while path.exists():
+        number += 1
+        path = parent / f"{name}-{number}"
+    return path
+
+
+def _add_eval(commands: Any) -> None:
+    text = "measure the accuracy of a checkpoint on the test images"
+    parser = _add_command(commands, "eval", _eval, text)
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="best.safetensors or last.safetensors"
+    )
+    parser.add_argument("--data", metavar="NAME", help="data set (the one it was trained on)")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder with the files of the data set")
+    parser.add_argument("--split", choices=("test", "train"), default="test", help="(test)")
+    parser.add_argument("--batch-size", type=int, default=250, metavar="N", help="(250)")
+    parser.add_argument("--threads", type=int, metavar="N", help="(all cores)")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from fastconv import data, train
+
+    _set_threads(options.threads)
+    model, info = train.load_model(options.checkpoint)
+    name = options.data or info["data"]
+    dataset = data.load(name, options.split, options.data_dir, info["image_size"])
+    expected = (info["image_size"], info["image_size"], info["in_channels"])
+    if dataset.image_shape != expected or len(dataset.classes) != len(info["classes"]):
+        raise ValueError(
+            f"{options.checkpoint} takes images {expected} of {len(info['classes'])} classes, "
+            f"{name} has {dataset.image_shape} and {len(dataset.classes)}"
+        )
+    loader = data.DataLoader(dataset, options.batch_size, mean=info["mean"], std=info["std"])
+    result = train.evaluate(model, loader)
+    figures = {
+        "checkpoint": str(options.checkpoint),
+        "model": info["model"],
+        "data": name,
+        "split": options.split,
+        "images": result.images,
+        "accuracy": result.accuracy,
+        "loss": result.loss,
+    }
+    if options.json:
+        print(json.dumps(figures))
+    else:
+        print(f"accuracy {result.accuracy:.2%}, loss {result.loss:.4f} on {result.images:,} images")
+
+
+def _add_summary(commands: Any) -> None:
+    text = "describe a model, a row a layer, for one image"
+    parser = _add_command(commands, "summary", _summary, text)
+    parser.add_argument("model", metavar="MODEL", help="name of the model")
+    parser.add_argument(
+        "--input-size", type=_sizes, default=(3, 32, 32), metavar="C,H,W", help="(3,32,32)"
+    )
+    parser.add_argument("--num-classes", type=int, default=10, metavar="N", help="(10)")
+
+
+def _sizes(text: str) -> tuple[int, int, int]:
+    try:
+        channels, height, width = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected C,H,W, got {text!r}") from None
+    if min(channels, height, width) < 1:
+        raise argparse.ArgumentTypeError(f"sizes must be positive, got {text!r}")
+    return channels, height, width
+
+
+def _summary(options: argparse.Namespace) -> None:
+    from fastconv import models
+    from fastconv.summary import summarize
+
+    channels, height, width = options.input_size
+    if height != width:
+        raise ValueError(f"the models take square images, got {height} x {width}")
+    model = models.create(
+        options.model, in_channels=channels, image_size=height, num_classes=options.num_classes
+    )
+    summary = summarize(model, options.input_size)
+    print(json.dumps(summary.as_dict()) if options.json else summary)
+
+
+def _add_info(commands: Any) -> None:
+    _add_command(commands, "info", _info, "describe this installation and machine")
+
+
+def _info(options: argparse.Namespace) -> None:
+    from fastconv import info
+
+    print(json.dumps(info.collect()) if options.json else info.report())
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    fastconv.set_num_threads(threads)

@@ -1,0 +1,402 @@
+"""Differentiable functions over `Tensor`; names and argument order of torch.nn.functional.
+
+Each calls `fastconv.ops` for the forward and hands `apply` a closure that calls the matching
+`_backward`. Inputs may be tensors or arrays; shapes, dtypes and errors are those of the operation
+of the same name in `fastconv.ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, overload
+
+import numpy as np
+
+from fastconv import init, ops
+from fastconv.tensor import Array, Needs, Tensor, apply, as_tensor, records, to_numpy
+
+Input: TypeAlias = Any  # a Tensor, or anything `Tensor` accepts
+Pair: TypeAlias = "int | tuple[int, int]"
+Padding: TypeAlias = "int | tuple[int, int] | tuple[tuple[int, int], tuple[int, int]] | str"
+
+
+def _optional(value: Input | None) -> Tensor | None:
+    return None if value is None else as_tensor(value)
+
+
+def _data(tensor: Tensor | None) -> Array | None:
+    return None if tensor is None else tensor.data
+
+
+def conv2d(
+    x: Input,
+    weight: Input,
+    bias: Input | None = None,
+    stride: Pair = 1,
+    padding: Padding = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *,
+    activation: str | None = None,
+    residual: Input | None = None,
+) -> Tensor:
+    """activation(cross-correlation + bias + residual).
+
+    x[N,C,H,W], weight[K,C/groups,R,S], bias[K], residual[N,K,P,Q] -> [N,K,P,Q].
+    """
+    check_activation(activation)
+    inputs = (as_tensor(x), as_tensor(weight), _optional(bias), _optional(residual))
+    if activation is not None and activation not in _FROM_OUTPUT and records(inputs):
+        y = conv2d(*inputs[:3], stride, padding, dilation, groups, residual=inputs[3])
+        return activate(y, activation)
+    xd, wd = inputs[0].data, inputs[1].data
+    sizes = (stride, padding, dilation, groups)
+    y = ops.conv2d(
+        xd, wd, _data(inputs[2]), *sizes, activation=activation, residual=_data(inputs[3])
+    )
+
+    def backward(dy: Array, needs: Needs) -> Sequence[Array | None]:
+        if activation is not None:
+            dy = _FROM_OUTPUT[activation](dy, y)
+        gradients = ops.conv2d_backward(dy, xd, wd, *sizes, needs=needs[:3])
+        return *gradients, dy if needs[3] else None
+
+    return apply(y, inputs, backward)
+
+
+def conv_transpose2d(
+    x: Input,
+    weight: Input,
+    bias: Input | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    output_padding: Pair = 0,
+    groups: int = 1,
+    dilation: Pair = 1,
+) -> Tensor:
+    """Transposed convolution: x[N,C,H,W], weight[C,K/groups,R,S] -> [N,K,P,Q]."""
+    inputs = (as_tensor(x), as_tensor(weight), _optional(bias))
+    xd, wd = inputs[0].data, inputs[1].data
+    sizes = (stride, padding, output_padding, groups, dilation)
+
+    def backward(dy: Array, needs: Needs) -> Sequence[Array | None]:
+        return ops.conv_transpose2d_backward(dy, xd, wd, *sizes, needs=needs)
+
+    return apply(ops.conv_transpose2d(xd, wd, _data(inputs[2]), *sizes), inputs, backward)
+
+
+def linear(x: Input, weight: Input, bias: Input | None = None) -> Tensor:
+    """x[..., in] times weight[out, in] transposed, plus bias[out]."""
+    inputs = (as_tensor(x), as_tensor(weight), _optional(bias))
+    xd, wd = inputs[0].data, inputs[1].data
+
+    def backward(dy: Array, needs: Needs) -> Sequence[Array | None]:
+        return ops.linear_backward(dy, xd, wd, needs=needs)
+
+    return apply(ops.linear(xd, wd, _data(inputs[2])), inputs, backward)
+
+
+def batch_norm(
+    x: Input,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: Input | None = None,
+    bias: Input | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Input | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """activation(normalised x * weight + bias + residual), x[N,C] or x[N,C,H,W].
+
+    In training the statistics are the batch's, and the running ones are updated in place.
+    """
+    check_activation(activation)
+    inputs = (as_tensor(x), _optional(weight), _optional(bias), _optional(residual))
+    if activation is not None and activation not in _FROM_OUTPUT and records(inputs):
+        x, weight, bias, residual = inputs
+        y = batch_norm(
+            x, running_mean, running_var, weight, bias, training, momentum, eps, residual=residual
+        )
+        return activate(y, activation)
+    xd, wd, bd, rd = (_data(t) for t in inputs)
+    fused: dict[str, Any] = {"residual": rd, "activation": activation}
+    if training:
+        y, mean, rstd = ops.batch_norm_train(
+            xd, wd, bd, running_mean, running_var, momentum, eps, **fused
+        )
+    else:
+        y = ops.batch_norm(xd, running_mean, running_var, wd, bd, False, momentum, eps, **fused)
+        if not records(inputs):
+            return Tensor(y)
+        assert running_mean is not None and running_var is not None  # ops.batch_norm insists
+        mean, rstd = running_mean.copy(), 1.0 / np.sqrt(running_var + running_var.dtype.type(eps))
+
+    def backward(dy: Array, needs: Needs) -> Sequence[Array | None]:
+        return ops.batch_norm_backward(
+            dy, xd, wd, mean, rstd, bias=bd, training=training, needs=needs, **fused
+        )
+
+    return apply(y, inputs, backward)
+
+
+@overload
+def max_pool2d(
+    x: Input,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+    return_indices: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def max_pool2d(
+    x: Input,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Array]: ...
+
+
+def max_pool2d(
+    x: Input,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Array]:
+    """Largest value of each window, and its flat index in the H*W plane (int64) where asked for.
+
+    The backward finds the maxima again from x, so nothing but x is kept.
+    """
+    x = as_tensor(x)
+    xd = x.data
+    sizes = (kernel_size, stride, padding, dilation, ceil_mode)
+    result = ops.max_pool2d(xd, *sizes, return_indices=return_indices)
+    y, indices = result if return_indices else (result, None)
+
+    def backward(dy: Array, _: Needs) -> Sequence[Array | None]:
+        return (ops.max_pool2d_backward(dy, xd, *sizes, indices=indices),)
+
+    pooled = apply(y, (x,), backward)
+    return pooled if indices is None else (pooled, indices)
+
+
+def avg_pool2d(
+    x: Input,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """Mean of each window."""
+    sizes = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    return _of_one(ops.avg_pool2d, ops.avg_pool2d_backward, x, *sizes)
+
+
+def adaptive_avg_pool2d(
+    x: Input, output_size: int | tuple[int | None, int | None] | None
+) -> Tensor:
+    """Mean over the windows that divide the image into output_size parts."""
+    x = as_tensor(x)
+    xd = x.data
+    return apply(
+        ops.adaptive_avg_pool2d(xd, output_size),
+        (x,),
+        lambda dy, _: (ops.adaptive_avg_pool2d_backward(dy, xd),),
+    )
+
+
+def global_avg_pool2d(x: Input) -> Tensor:
+    """Mean over the whole image: [N,C,H,W] -> [N,C,1,1]."""
+    return _of_one(ops.global_avg_pool2d, ops.global_avg_pool2d_backward, x)
+
+
+def _of_one(
+    forward: Callable[..., Array], backward: Callable[..., Array], x: Input, *settings: Any
+) -> Tensor:
+    """An operation of one tensor whose backward takes (dy, x, *settings)."""
+    x = as_tensor(x)
+    xd = x.data
+    return apply(forward(xd, *settings), (x,), lambda dy, _: (backward(dy, xd, *settings),))
+
+
+def _of_one_from_output(
+    forward: Callable[..., Array], backward: Callable[..., Array], x: Input, *settings: Any
+) -> Tensor:
+    """An operation of one tensor whose backward takes (dy, y, *settings), y its output.
+
+    The next layer keeps that output anyway, so the input can be released.
+    """
+    x = as_tensor(x)
+    y = forward(x.data, *settings)
+    return apply(y, (x,), lambda dy, _: (backward(dy, y, *settings),))
+
+
+def relu(x: Input) -> Tensor:
+    """max(x, 0)."""
+    return _of_one_from_output(ops.relu, ops.relu_backward, x)
+
+
+def relu6(x: Input) -> Tensor:
+    """min(max(x, 0), 6)."""
+    return _of_one_from_output(ops.relu6, ops.relu6_backward, x)
+
+
+def leaky_relu(x: Input, negative_slope: float = 0.01) -> Tensor:
+    """x where positive, else negative_slope * x."""
+    return _of_one(ops.leaky_relu, ops.leaky_relu_backward, x, negative_slope)
+
+
+def elu(x: Input, alpha: float = 1.0) -> Tensor:
+    """x where positive, else alpha * (exp(x) - 1)."""
+    return _of_one(ops.elu, ops.elu_backward, x, alpha)
+
+
+def sigmoid(x: Input) -> Tensor:
+    """1 / (1 + exp(-x))."""
+    return _of_one(ops.sigmoid, ops.sigmoid_backward, x)
+
+
+def tanh(x: Input) -> Tensor:
+    """Hyperbolic tangent."""
+    return _of_one(ops.tanh, ops.tanh_backward, x)
+
+
+def silu(x: Input) -> Tensor:
+    """x * sigmoid(x)."""
+    return _of_one(ops.silu, ops.silu_backward, x)
+
+
+def gelu(x: Input, approximate: str = "none") -> Tensor:
+    """x times the normal distribution function, or its tanh approximation ("tanh")."""
+    return _of_one(ops.gelu, ops.gelu_backward, x, approximate)
+
+
+def hardsigmoid(x: Input) -> Tensor:
+    """relu6(x + 3) / 6."""
+    return _of_one(ops.hardsigmoid, ops.hardsigmoid_backward, x)
+
+
+def hardswish(x: Input) -> Tensor:
+    """x * hardsigmoid(x)."""
+    return _of_one(ops.hardswish, ops.hardswish_backward, x)
+
+
+def softmax(x: Input, dim: int = -1) -> Tensor:
+    """exp(x), scaled to sum 1 along dim."""
+    return _of_one_from_output(ops.softmax, ops.softmax_backward, x, dim)
+
+
+def log_softmax(x: Input, dim: int = -1) -> Tensor:
+    """Logarithm of softmax."""
+    return _of_one_from_output(ops.log_softmax, ops.log_softmax_backward, x, dim)
+
+
+def dropout(x: Input, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Sets each element to 0 with probability p and scales the others by 1 / (1 - p).
+
+    The mask is a function of the library's (seed, offset), see `fastconv.manual_seed`; the backward
+    draws it again. `inplace` is accepted for PyTorch's sake: a new array is returned either way.
+    """
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout probability must be in [0, 1], got {p}")
+    tensor = as_tensor(x)
+    if not training or p == 0.0:
+        return tensor
+    seed, offset = init.default_generator.reserve(tensor.data.size)
+
+    def backward(dy: Array, _: Needs) -> Sequence[Array | None]:
+        return (ops.dropout_backward(dy, p, seed=seed, offset=offset),)
+
+    y = ops.dropout(tensor.data, p, True, seed=seed, offset=offset)
+    return apply(y, (tensor,), backward)
+
+
+def cross_entropy(
+    logits: Input,
+    target: Any,
+    weight: Any | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross entropy of softmax(logits[N,C]) and the classes target[N] (int64).
+
+    The result is a scalar, or [N] when reduction is "none".
+    """
+    logits = as_tensor(logits)
+    ld, td = logits.data, to_numpy(target)
+    settings = (
+        None if weight is None else to_numpy(weight),
+        ignore_index,
+        reduction,
+        label_smoothing,
+    )
+
+    def backward(dy: Array, _: Needs) -> Sequence[Array | None]:
+        return (ops.cross_entropy_backward(dy, ld, td, *settings),)
+
+    return apply(ops.cross_entropy(ld, td, *settings), (logits,), backward)
+
+
+def cat(tensors: Sequence[Input], dim: int = 1) -> Tensor:
+    """Concatenates along `dim` (the channels by default)."""
+    if not tensors:
+        raise ValueError("cat needs at least one tensor")
+    inputs = [as_tensor(t) for t in tensors]
+    ends = np.cumsum([t.shape[dim] for t in inputs])[:-1]
+    return apply(
+        np.concatenate([t.data for t in inputs], axis=dim),
+        inputs,
+        lambda dy, _: np.split(dy, ends, axis=dim),
+    )
+
+
+def flatten(x: Input, start_dim: int = 0, end_dim: int = -1) -> Tensor:
+    """Joins the dimensions start_dim..end_dim (inclusive) into one."""
+    return as_tensor(x).flatten(start_dim, end_dim)
+
+
+ACTIVATIONS: dict[str, Callable[[Input], Tensor]] = {
+    "relu": relu,
+    "relu6": relu6,
+    "sigmoid": sigmoid,
+    "tanh": tanh,
+    "silu": silu,
+    "hardswish": hardswish,
+}
+"""The activations that `conv2d` and `batch_norm` can apply to their result, by name."""
+
+# Activations whose derivative can be told from their output: fused in training too, because the
+# output alone is kept.
+_FROM_OUTPUT: dict[str, Callable[[Array, Array], Array]] = {
+    "relu": ops.relu_backward,
+    "relu6": ops.relu6_backward,
+}
+
+
+def check_activation(name: str | None) -> None:
+    """ValueError unless `name` is None or one of ACTIVATIONS."""
+    if name is not None and name not in ACTIVATIONS:
+        raise ValueError(
+            f"unknown activation {name!r}, expected None or one of {sorted(ACTIVATIONS)}"
+        )
+
+
+def activate(x: Input, name: str | None) -> Tensor:
+    """The activation called `name` applied to x; x itself for None."""
+    check_activation(name)
+    return as_tensor(x) if name is None else ACTIVATIONS[name](x)

@@ -1,0 +1,268 @@
+"""`Module`, the base of all layers and models, and `Parameter`.
+
+A module finds its parameters, buffers and children among its own attributes, in the order of
+assignment: assigning an attribute is all the registration there is. Names and `state_dict` keys are
+PyTorch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fastconv.tensor import Array, Tensor, to_numpy
+
+M = TypeVar("M", bound="Module")
+ForwardHook = Callable[["Module", tuple[Any, ...], Any], Any]
+
+
+class Parameter(Tensor):
+    """A tensor that training changes, listed under the name of the module attribute it is."""
+
+    __slots__ = ()
+
+    def __init__(self, data: Any, requires_grad: bool = True) -> None:
+        super().__init__(data, requires_grad)
+
+
+class KeyReport(NamedTuple):
+    """What `load_state_dict(strict=False)` left alone."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class HookHandle:
+    """A registered hook; `remove()` unregisters it, any number of times."""
+
+    def __init__(self, module: Module, hook: ForwardHook) -> None:
+        self._module = module
+        self.hook = hook
+
+    def remove(self) -> None:
+        kept = tuple(handle for handle in self._module._forward_hooks if handle is not self)
+        self._module._forward_hooks = kept
+
+
+class Module:
+    """Base class of layers and models: assign parameters and children, write `forward`."""
+
+    training: bool = True
+    _buffer_names: tuple[str, ...] = ()
+    _forward_hooks: tuple[HookHandle, ...] = ()
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} has no forward()")
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        output = self.forward(*inputs, **options)
+        for handle in self._forward_hooks:
+            replaced = handle.hook(self, inputs, output)
+            output = output if replaced is None else replaced
+        return output
+
+    def register_forward_hook(self, hook: ForwardHook) -> HookHandle:
+        """Calls hook(module, inputs, output) after every forward.
+
+        What the hook returns, unless None, replaces the output. A module with a hook is never fused
+        with its neighbours, so the hook sees its true output.
+        """
+        handle = HookHandle(self, hook)
+        self._forward_hooks = (*self._forward_hooks, handle)
+        return handle
+
+    def register_buffer(self, name: str, value: Array | None) -> None:
+        """Makes attribute `name` part of the state; None: a place without state."""
+        if name not in self._buffer_names:
+            self._buffer_names = (*self._buffer_names, name)
+        setattr(self, name, value)
+
+    # What the module holds.
+
+    def named_children(self) -> Iterator[tuple[str, Module]]:
+        """(name, module) of the modules among the attributes, each once."""
+        seen: set[int] = set()
+        for name, value in vars(self).items():
+            if isinstance(value, Module) and id(value) not in seen:
+                seen.add(id(value))
+                yield name, value
+
+    def children(self) -> Iterator[Module]:
+        """The modules among the attributes, each once."""
+        for _, child in self.named_children():
+            yield child
+
+    def named_modules(
+        self, prefix: str = "", _seen: set[int] | None = None
+    ) -> Iterator[tuple[str, Module]]:
+        """(path, module) of this module (path `prefix`) and everything below it, each once."""
+        seen = set() if _seen is None else _seen
+        if id(self) in seen:
+            return
+        seen.add(id(self))
+        yield prefix, self
+        for name, child in self.named_children():
+            yield from child.named_modules(_join(prefix, name), seen)
+
+    def modules(self) -> Iterator[Module]:
+        """This module and everything below it, each module once."""
+        for _, module in self.named_modules():
+            yield module
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True
+    ) -> Iterator[tuple[str, Parameter]]:
+        """(path, parameter), each parameter once."""
+        seen: set[int] = set()
+        for path, module in self.named_modules(prefix) if recurse else [(prefix, self)]:
+            for name, value in vars(module).items():
+                if isinstance(value, Parameter) and id(value) not in seen:
+                    seen.add(id(value))
+                    yield _join(path, name), value
+
+    def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
+        """The parameters, each once."""
+        for _, parameter in self.named_parameters(recurse=recurse):
+            yield parameter
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, Array]]:
+        """(path, array) of the state that is not trained."""
+        for path, module in self.named_modules(prefix) if recurse else [(prefix, self)]:
+            for name in module._buffer_names:
+                value = getattr(module, name)
+                if value is not None:
+                    yield _join(path, name), value
+
+    def buffers(self, recurse: bool = True) -> Iterator[Array]:
+        """The arrays of the state that is not trained."""
+        for _, buffer in self.named_buffers(recurse=recurse):
+            yield buffer
+
+    # State.
+
+    def state_dict(self, prefix: str = "") -> dict[str, Array]:
+        """Parameters and buffers by path, in PyTorch's order; they share the module's memory."""
+        state = {
+            _join(prefix, name): value.data
+            for name, value in vars(self).items()
+            if isinstance(value, Parameter)
+        }
+        state.update(self.named_buffers(prefix, recurse=False))
+        for name, value in vars(self).items():
+            if isinstance(value, Module):
+                state.update(value.state_dict(_join(prefix, name)))
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> KeyReport:
+        """Copies numpy arrays, torch tensors or anything with DLPack into parameters and buffers.
+
+        ValueError names every key with a wrong shape or dtype and, when strict, every missing and
+        unexpected key; then nothing has been changed.
+        """
+        own = self.state_dict()
+        missing = [key for key in own if key not in state_dict]
+        unexpected = [key for key in state_dict if key not in own]
+        problems = [f"missing key {key!r} (shape {own[key].shape})" for key in missing if strict]
+        problems += [f"unexpected key {key!r}" for key in unexpected if strict]
+        values: dict[str, Array] = {}
+        for key in own.keys() & state_dict.keys():
+            try:
+                values[key] = _loadable(state_dict[key], own[key])
+            except (TypeError, ValueError, RuntimeError, BufferError) as error:
+                problems.append(f"{key!r}: {error}")
+        if problems:
+            listing = "\n  ".join(sorted(problems))
+            raise ValueError(f"state_dict does not fit {type(self).__name__}:\n  {listing}")
+        for key, value in values.items():
+            own[key][...] = value
+        return KeyReport(missing, unexpected)
+
+    def astype(self: M, dtype: npt.DTypeLike) -> M:
+        """Converts floating parameters and buffers, and drops gradients."""
+        for module in self.modules():
+            for value in vars(module).values():
+                if isinstance(value, Parameter):
+                    value.data, value.grad = value.data.astype(dtype), None
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.dtype.kind == "f":
+                    setattr(module, name, buffer.astype(dtype))
+        return self
+
+    def float(self: M) -> M:
+        """float32 throughout."""
+        return self.astype(np.float32)
+
+    def double(self: M) -> M:
+        """float64 throughout."""
+        return self.astype(np.float64)
+
+    # Modes.
+
+    def train(self: M, mode: bool = True) -> M:
+        """Training behaviour (batch statistics, dropout) of this module and all below it."""
+        for module in self.modules():
+            module.training = mode
+        return self
+
+    def eval(self: M) -> M:
+        """Inference behaviour of this module and all below it."""
+        return self.train(False)
+
+    def requires_grad_(self: M, requires_grad: bool = True) -> M:
+        """Freezes (False) or unfreezes every parameter."""
+        for parameter in self.parameters():
+            parameter.requires_grad = requires_grad
+        return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients of all parameters, or fills them with zeros."""
+        for parameter in self.parameters():
+            clear_grad(parameter, set_to_none)
+
+    def apply(self: M, function: Callable[[Module], object]) -> M:
+        """Calls function(module) on everything below this module, then on itself."""
+        for child in self.children():
+            child.apply(function)
+        function(self)
+        return self
+
+    def extra_repr(self) -> str:
+        """The settings shown by repr()."""
+        return ""
+
+    def __repr__(self) -> str:
+        name, extra = type(self).__name__, self.extra_repr()
+        lines = [
+            f"({child_name}): " + repr(child).replace("\n", "\n  ")
+            for child_name, child in vars(self).items()
+            if isinstance(child, Module)
+        ]
+        if not lines:
+            return f"{name}({extra})"
+        head = [extra] if extra else []
+        return f"{name}(\n  " + "\n  ".join(head + lines) + "\n)"
+
+
+def clear_grad(parameter: Tensor, set_to_none: bool) -> None:
+    """Forgets a gradient, or fills it with zeros."""
+    if set_to_none:
+        parameter.grad = None
+    elif parameter.grad is not None:
+        parameter.grad[...] = 0
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _loadable(value: Any, target: Array) -> Array:
+    """`value` as an array that may be copied into `target`."""
+    array = to_numpy(value)
+    if array.shape != target.shape:
+        raise ValueError(f"shape {array.shape} does not fit {target.shape}")
+    if not np.can_cast(array.dtype, target.dtype, "same_kind"):
+        raise TypeError(f"dtype {array.dtype} does not fit {target.dtype}")
+    return array

@@ -1,0 +1,670 @@
+"""Layers: names, arguments, defaults, state_dict keys and initial distributions of PyTorch.
+
+Parameters are float32 (`model.double()` converts). Convolution weights have the logical shape of
+PyTorch and lie in channels-last memory, the layout of the kernels. `Conv2d` and the batch norms
+take an `activation` (a name from `functional.ACTIVATIONS`), which they apply in the same pass;
+`Sequential` finds such pairs by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+
+from fastconv import functional as F  # noqa: N812 - the usual name
+from fastconv import init
+from fastconv.functional import Padding, Pair
+from fastconv.init import get_rng_state, manual_seed, set_rng_state
+from fastconv.module import Module, Parameter
+from fastconv.tensor import Array, Tensor, to_numpy
+
+__all__ = [
+    "AdaptiveAvgPool2d",
+    "AvgPool2d",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "Conv2d",
+    "ConvTranspose2d",
+    "CrossEntropyLoss",
+    "Dropout",
+    "ELU",
+    "Flatten",
+    "GELU",
+    "Hardsigmoid",
+    "Hardswish",
+    "Identity",
+    "LeakyReLU",
+    "Linear",
+    "LogSoftmax",
+    "MaxPool2d",
+    "Module",
+    "ModuleList",
+    "Parameter",
+    "ReLU",
+    "ReLU6",
+    "Sequential",
+    "SiLU",
+    "Sigmoid",
+    "Softmax",
+    "Tanh",
+    "get_rng_state",
+    "manual_seed",
+    "set_rng_state",
+]
+
+TwoInts: TypeAlias = "tuple[int, int]"
+L = TypeVar("L", bound="ModuleList")
+
+
+def _pair(name: str, value: Pair, least: int) -> TwoInts:
+    """(height, width) of an int or a pair; ValueError when one is below `least`."""
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or any(not isinstance(n, int) or n < least for n in pair):
+        raise ValueError(f"{name} must be one or two integers >= {least}, got {value!r}")
+    return pair[0], pair[1]
+
+
+def _positive(**values: int) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def channels_last(array: Array) -> Array:
+    """The same logical array [A,B,H,W], dense in the order A,H,W,B."""
+    result: Array = np.ascontiguousarray(array.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    return result
+
+
+def _default_bias(weight_shape: tuple[int, ...], size: int) -> Parameter:
+    fan_in, _ = init.fan_in_and_out(weight_shape)
+    return Parameter(init.uniform((size,), 1.0 / math.sqrt(fan_in) if fan_in else 0.0))
+
+
+class _Convolution(Module):
+    """What Conv2d and ConvTranspose2d share: settings, checks and parameters."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair,
+        padding: Padding,
+        dilation: Pair,
+        groups: int,
+        bias: bool,
+        padding_mode: str,
+        transposed: bool,
+    ) -> None:
+        _positive(in_channels=in_channels, out_channels=out_channels, groups=groups)
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"in_channels ({in_channels}) and out_channels ({out_channels}) must be multiples "
+                f"of groups ({groups})"
+            )
+        if padding_mode != "zeros":
+            raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = _pair("kernel_size", kernel_size, 1)
+        self.stride = _pair("stride", stride, 1)
+        self.padding = padding
+        self.dilation = _pair("dilation", dilation, 1)
+        self.groups = groups
+        first, second = (in_channels, out_channels) if transposed else (out_channels, in_channels)
+        shape = (first, second // groups, *self.kernel_size)
+        self.weight = Parameter(channels_last(init.kaiming_uniform(shape, a=math.sqrt(5))))
+        self.bias = _default_bias(shape, out_channels) if bias else None
+
+    def extra_repr(self) -> str:
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}"
+        )
+        plain = {"padding": 0, "output_padding": (0, 0), "dilation": (1, 1), "groups": 1}
+        for name, default in plain.items():
+            value = getattr(self, name, default)
+            text += f", {name}={value!r}" if value != default else ""
+        return text + (", bias=False" if self.bias is None else "")
+
+
+class Conv2d(_Convolution):
+    """2-d convolution (cross-correlation): [N,C,H,W] -> [N,K,P,Q].
+
+    padding: as `fastconv.conv2d`: an int, a pair, four sides ((top, bottom), (left, right)), "same"
+        or "valid".
+    padding_mode: only "zeros", else ValueError.
+    activation: applied to the output in the same pass.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Padding = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        activation: str | None = None,
+    ) -> None:
+        F.check_activation(activation)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            transposed=False,
+        )
+        self.activation = activation
+
+    def forward(self, x: Any, residual: Any = None, *, activation: str | None = None) -> Tensor:
+        """activation(convolution + bias + residual); `activation` overrides the layer's own."""
+        return F.conv2d(
+            x,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            activation=activation or self.activation,
+            residual=residual,
+        )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (
+            f", activation={self.activation!r}" if self.activation else ""
+        )
+
+
+class ConvTranspose2d(_Convolution):
+    """Transposed convolution: the gradient of Conv2d as a layer. Weight [C, K/groups, R, S]."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Pair = 0,
+        output_padding: Pair = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Pair = 1,
+        padding_mode: str = "zeros",
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            transposed=True,
+        )
+        self.padding: Pair = _pair("padding", padding, 0)
+        self.output_padding = _pair("output_padding", output_padding, 0)
+
+    def forward(self, x: Any) -> Tensor:
+        return F.conv_transpose2d(
+            x,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.output_padding,
+            self.groups,
+            self.dilation,
+        )
+
+
+class Linear(Module):
+    """x[..., in_features] -> [..., out_features]. Weight [out, in]."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        _positive(in_features=in_features, out_features=out_features)
+        self.in_features = in_features
+        self.out_features = out_features
+        shape = (out_features, in_features)
+        self.weight = Parameter(init.kaiming_uniform(shape, a=math.sqrt(5)))
+        self.bias = _default_bias(shape, out_features) if bias else None
+
+    def forward(self, x: Any) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class _BatchNorm(Module):
+    _dimensions = 4
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        activation: str | None = None,
+    ) -> None:
+        _positive(num_features=num_features)
+        F.check_activation(activation)
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.activation = activation
+        self.weight = Parameter(np.ones(num_features, np.float32)) if affine else None
+        self.bias = Parameter(np.zeros(num_features, np.float32)) if affine else None
+        self.running_mean: Array | None
+        self.running_var: Array | None
+        self.num_batches_tracked: Array | None
+        track = track_running_stats
+        self.register_buffer("running_mean", np.zeros(num_features, np.float32) if track else None)
+        self.register_buffer("running_var", np.ones(num_features, np.float32) if track else None)
+        self.register_buffer("num_batches_tracked", np.array(0, np.int64) if track else None)
+
+    def forward(self, x: Any, residual: Any = None, *, activation: str | None = None) -> Tensor:
+        """activation(normalised x + residual); `activation` overrides the layer's own."""
+        x = F.as_tensor(x)
+        if x.ndim != self._dimensions:
+            raise ValueError(
+                f"{type(self).__name__} needs {self._dimensions} dimensions, got shape {x.shape}"
+            )
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
+            if self.momentum is None:  # the plain average of all batches so far
+                momentum = 1.0 / float(self.num_batches_tracked)
+        return F.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training or self.running_mean is None,
+            momentum,
+            self.eps,
+            residual=residual,
+            activation=activation or self.activation,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.weight is not None}, "
+            f"track_running_stats={self.running_mean is not None}"
+            + (f", activation={self.activation!r}" if self.activation else "")
+        )
+
+
+class BatchNorm2d(_BatchNorm):
+    """Batch normalisation over N, H, W of [N,C,H,W]: Ioffe and Szegedy 2015.
+
+    momentum None: running statistics are the plain average over all batches.
+    activation: applied in the same pass, after `residual`, which `forward` takes, has been added.
+    """
+
+
+class BatchNorm1d(_BatchNorm):
+    """Batch normalisation over N of [N,C]; otherwise as BatchNorm2d."""
+
+    _dimensions = 2
+
+
+class MaxPool2d(Module):
+    """Maximum over windows; with return_indices the pair (values, indices)."""
+
+    def __init__(
+        self,
+        kernel_size: Pair,
+        stride: Pair | None = None,
+        padding: Pair = 0,
+        dilation: Pair = 1,
+        return_indices: bool = False,
+        ceil_mode: bool = False,
+    ) -> None:
+        self.kernel_size = kernel_size
+        self.stride = kernel_size if stride is None else stride
+        self.padding = padding
+        self.dilation = dilation
+        self.return_indices = return_indices
+        self.ceil_mode = ceil_mode
+
+    def forward(self, x: Any) -> Tensor | tuple[Tensor, Array]:
+        return F.max_pool2d(
+            x,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.ceil_mode,
+            self.return_indices,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
+            f"dilation={self.dilation}, ceil_mode={self.ceil_mode}"
+        )
+
+
+class AvgPool2d(Module):
+    """Mean over windows."""
+
+    def __init__(
+        self,
+        kernel_size: Pair,
+        stride: Pair | None = None,
+        padding: Pair = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> None:
+        self.kernel_size = kernel_size
+        self.stride = kernel_size if stride is None else stride
+        self.padding = padding
+        self.ceil_mode = ceil_mode
+        self.count_include_pad = count_include_pad
+        self.divisor_override = divisor_override
+
+    def forward(self, x: Any) -> Tensor:
+        return F.avg_pool2d(
+            x,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            self.divisor_override,
+        )
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+
+
+class AdaptiveAvgPool2d(Module):
+    """Mean over the windows that divide the image into output_size parts."""
+
+    def __init__(self, output_size: int | tuple[int | None, int | None] | None) -> None:
+        self.output_size = output_size
+
+    def forward(self, x: Any) -> Tensor:
+        return F.adaptive_avg_pool2d(x, self.output_size)
+
+    def extra_repr(self) -> str:
+        return f"output_size={self.output_size}"
+
+
+class Dropout(Module):
+    """In training, sets elements to 0 with probability p and scales the others by 1/(1-p)."""
+
+    def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
+        if not 0.0 <= p <= 1.0:
+            raise ValueError(f"dropout probability must be in [0, 1], got {p}")
+        self.p = p
+
+    def forward(self, x: Any) -> Tensor:
+        return F.dropout(x, self.p, self.training)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class Flatten(Module):
+    """Joins dimensions start_dim..end_dim, in the logical order N,C,H,W whatever the memory."""
+
+    def __init__(self, start_dim: int = 1, end_dim: int = -1) -> None:
+        self.start_dim = start_dim
+        self.end_dim = end_dim
+
+    def forward(self, x: Any) -> Tensor:
+        return F.flatten(x, self.start_dim, self.end_dim)
+
+    def extra_repr(self) -> str:
+        return f"start_dim={self.start_dim}, end_dim={self.end_dim}"
+
+
+class Identity(Module):
+    """Returns its input; any arguments are accepted and ignored."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def forward(self, x: Any) -> Tensor:
+        return F.as_tensor(x)
+
+
+class _NamedActivation(Module):
+    """An activation that convolutions can apply; `inplace`, as in PyTorch's, is ignored."""
+
+    name = ""
+
+    def __init__(self, inplace: bool = False) -> None:
+        pass
+
+    def forward(self, x: Any) -> Tensor:
+        return F.activate(x, self.name)
+
+
+class ReLU(_NamedActivation):
+    """max(x, 0)."""
+
+    name = "relu"
+
+
+class ReLU6(_NamedActivation):
+    """min(max(x, 0), 6)."""
+
+    name = "relu6"
+
+
+class SiLU(_NamedActivation):
+    """x * sigmoid(x)."""
+
+    name = "silu"
+
+
+class Hardswish(_NamedActivation):
+    """x * hardsigmoid(x)."""
+
+    name = "hardswish"
+
+
+class Sigmoid(_NamedActivation):
+    """1 / (1 + exp(-x))."""
+
+    name = "sigmoid"
+
+
+class Tanh(_NamedActivation):
+    """Hyperbolic tangent."""
+
+    name = "tanh"
+
+
+class Hardsigmoid(Module):
+    """relu6(x + 3) / 6; `inplace` is accepted for PyTorch's sake and ignored."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        pass
+
+    def forward(self, x: Any) -> Tensor:
+        return F.hardsigmoid(x)
+
+
+class LeakyReLU(Module):
+    """x where positive, else negative_slope * x."""
+
+    def __init__(self, negative_slope: float = 0.01, inplace: bool = False) -> None:
+        self.negative_slope = negative_slope
+
+    def forward(self, x: Any) -> Tensor:
+        return F.leaky_relu(x, self.negative_slope)
+
+    def extra_repr(self) -> str:
+        return f"negative_slope={self.negative_slope}"
+
+
+class ELU(Module):
+    """x where positive, else alpha * (exp(x) - 1)."""
+
+    def __init__(self, alpha: float = 1.0, inplace: bool = False) -> None:
+        self.alpha = alpha
+
+    def forward(self, x: Any) -> Tensor:
+        return F.elu(x, self.alpha)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}"
+
+
+class GELU(Module):
+    """x times the normal distribution function; approximate: "none" or "tanh"."""
+
+    def __init__(self, approximate: str = "none") -> None:
+        self.approximate = approximate
+
+    def forward(self, x: Any) -> Tensor:
+        return F.gelu(x, self.approximate)
+
+    def extra_repr(self) -> str:
+        return f"approximate={self.approximate!r}"
+
+
+class Softmax(Module):
+    """exp(x), scaled to sum 1 along dim."""
+
+    def __init__(self, dim: int = -1) -> None:
+        self.dim = dim
+
+    def forward(self, x: Any) -> Tensor:
+        return F.softmax(x, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class LogSoftmax(Module):
+    """Logarithm of softmax along dim."""
+
+    def __init__(self, dim: int = -1) -> None:
+        self.dim = dim
+
+    def forward(self, x: Any) -> Tensor:
+        return F.log_softmax(x, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class CrossEntropyLoss(Module):
+    """Cross entropy between softmax(logits[N,C]) and classes target[N] (int64).
+
+    weight: one number a class; ignore_index: a target that counts for nothing; reduction: "mean",
+        "sum" or "none".
+    """
+
+    def __init__(
+        self,
+        weight: Any | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+        self.weight: Array | None
+        self.register_buffer("weight", None if weight is None else to_numpy(weight))
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits: Any, target: Any) -> Tensor:
+        return F.cross_entropy(
+            logits, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing
+        )
+
+
+class ModuleList(Module):
+    """A list of modules; keys "0", "1", ... It has no forward."""
+
+    def __init__(self, modules: Iterable[Module] = ()) -> None:
+        for module in modules:
+            self.append(module)
+
+    def append(self: L, module: Module) -> L:
+        """Adds a module at the end. TypeError when it is not a Module."""
+        if not isinstance(module, Module):
+            raise TypeError(f"expected a Module, got {type(module).__name__}: {module!r}")
+        setattr(self, str(len(self)), module)
+        return self
+
+    def _items(self) -> list[Module]:
+        return [value for value in vars(self).values() if isinstance(value, Module)]
+
+    def __len__(self) -> int:
+        return len(self._items())
+
+    def __iter__(self) -> Iterator[Module]:
+        return iter(self._items())
+
+    def __getitem__(self, index: int) -> Module:
+        return self._items()[index]
+
+
+class Sequential(ModuleList):
+    """Modules one after another; keys "0", "1", ...
+
+    A `ReLU` (or another activation without settings) right behind a `Conv2d` or batch norm is
+    computed in the same pass as that layer, unless one of the two has hooks: same values, one pass
+    over memory less.
+    """
+
+    def __init__(self, *modules: Module) -> None:
+        super().__init__(modules)
+
+    def forward(self, x: Any) -> Any:
+        layers = self._items()
+        i = 0
+        while i < len(layers):
+            name = _fusable(layers[i], layers[i + 1]) if i + 1 < len(layers) else None
+            x = layers[i](x) if name is None else layers[i](x, activation=name)
+            i += 1 if name is None else 2
+        return x
+
+
+def _fusable(layer: Module, following: Module) -> str | None:
+    """The name of the activation `following` if `layer` can apply it in its own pass."""
+    # Exact types: a subclass may have a forward of its own.
+    if type(layer) not in (Conv2d, BatchNorm2d, BatchNorm1d) or layer._forward_hooks:
+        return None
+    assert isinstance(layer, (Conv2d, _BatchNorm))
+    if not isinstance(following, _NamedActivation) or following._forward_hooks:
+        return None
+    if type(following).forward is not _NamedActivation.forward or layer.activation is not None:
+        return None
+    return following.name

@@ -1,0 +1,90 @@
+"""Arrays in and out: numpy, torch, and everything that speaks DLPack.
+
+The kernels see numpy arrays only. A function converts its arguments with :func:`to_numpy` (sharing memory) and hands its
+results back with :func:`like`, in the kind of its first argument, again sharing memory.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Array = Any  # numpy.ndarray, torch.Tensor, or any object with __dlpack__
+
+
+def to_numpy(x: Array, name: str) -> np.ndarray:
+    """A numpy array that shares memory with `x` where its bytes are fit for the kernels, else a copy.
+
+    Raises TypeError for anything that is neither a numpy array nor an exporter of DLPack on the CPU.
+    """
+    if not isinstance(x, np.ndarray):
+        x = _from_dlpack(x, name)
+    if x.dtype.isnative and x.flags.aligned:
+        return x
+    if x.dtype.kind not in "fiu":
+        raise TypeError(f"{name} must hold numbers, got dtype {x.dtype}")
+    return x.astype(x.dtype.newbyteorder("="), order="K", copy=True)
+
+
+def _from_dlpack(x: Array, name: str) -> np.ndarray:
+    if isinstance(x, np.generic) or not hasattr(x, "__dlpack__"):
+        raise TypeError(
+            f"{name} must be a numpy array, a torch tensor or another DLPack exporter, "
+            f"got {type(x).__name__}"
+        )
+    if getattr(x, "requires_grad", False) and type(x).__module__.split(".")[0] == "torch":
+        raise TypeError(
+            f"{name} requires grad: these operations do not record torch's autograd; "
+            "pass x.detach(), or wrap them in a torch.autograd.Function"
+        )
+    device = x.__dlpack_device__()
+    if int(device[0]) != 1:
+        raise TypeError(f"{name} must be on the CPU, got DLPack device {tuple(map(int, device))}")
+    try:
+        return np.from_dlpack(x)
+    except (BufferError, RuntimeError, TypeError) as error:
+        raise TypeError(f"{name} cannot be read through DLPack: {error}") from error
+
+
+def like(y: np.ndarray, x: Array) -> Array:
+    """`y` as the kind of array that `x` is, sharing memory."""
+    if isinstance(x, np.ndarray):
+        return y
+    top = type(x).__module__.partition(".")[0]
+    if top == "torch":
+        return sys.modules["torch"].from_dlpack(y)
+    namespace = x.__array_namespace__() if hasattr(x, "__array_namespace__") else None
+    convert = getattr(namespace, "from_dlpack", None)
+    if convert is None:
+        convert = getattr(type(x), "from_dlpack", None)
+    return convert(y) if convert is not None else y
+
+
+def integer(value: Any, name: str) -> int:
+    """An int; TypeError for anything that is not an integer (also for 1.0 and True)."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name} does not fit 64 bits: {number}")
+    return number
+
+
+def pair(value: Any, name: str) -> tuple[int, int]:
+    """(height, width) from an int or a sequence of one or two ints."""
+    if isinstance(value, (str, bytes)):
+        raise TypeError(f"{name} must be an integer or a pair of integers, got {value!r}")
+    if isinstance(value, (Sequence, np.ndarray)) and np.ndim(value) == 1:
+        if len(value) not in (1, 2):
+            raise ValueError(f"{name} must be an integer or a pair of integers, got {value!r}")
+        numbers = [integer(v, name) for v in value]
+        return numbers[0], numbers[-1]
+    number = integer(value, name)
+    return number, number

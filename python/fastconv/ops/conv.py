@@ -1,0 +1,201 @@
+"""Convolution, its transpose, and their gradients.
+
+Shapes: x (N, C, H, W), w (K, C/groups, R, S), y (N, K, P, Q). Dtype float32, or float64 through the reference
+implementation; all arrays of a call have the same one. Any strides; channels-last memory is the native layout and is
+answered in channels-last, dense NCHW in NCHW.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import _C
+from ._arrays import Array, integer, like, pair, to_numpy
+
+PaddingLike = Any  # int, (h, w), ((top, bottom), (left, right)), "same" or "valid"
+
+
+def padding_sides(padding: PaddingLike) -> str | tuple[int, int, int, int]:
+    """(top, bottom, left, right), or "same" or "valid" as they are."""
+    if isinstance(padding, str):
+        return padding
+    if np.ndim(padding) == 2:
+        if len(padding) != 2 or any(len(side) != 2 for side in padding):
+            raise ValueError(f"padding must be ((top, bottom), (left, right)), got {padding!r}")
+        top, bottom, left, right = (integer(v, "padding") for side in padding for v in side)
+        return top, bottom, left, right
+    rows, columns = pair(padding, "padding")
+    return rows, rows, columns, columns
+
+
+def _needs(needs: Any, count: int) -> list[bool]:
+    flags = [bool(flag) for flag in needs]
+    if len(flags) != count:
+        raise ValueError(f"needs must have {count} flags, got {needs!r}")
+    return flags
+
+
+def conv2d(
+    x: Array,
+    w: Array,
+    bias: Array | None = None,
+    stride: Any = 1,
+    padding: PaddingLike = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    activation: str | None = None,
+    residual: Array | None = None,
+) -> Array:
+    """act(cross-correlation of x with w + bias + residual), as torch.nn.functional.conv2d.
+
+    Output size of each axis: floor((size + padding - dilation * (kernel - 1) - 1) / stride) + 1
+    (Dumoulin and Visin, arXiv 1603.07285).
+
+    Args:
+        x: (N, C, H, W). w: (K, C/groups, R, S). bias: (K,). residual: (N, K, P, Q).
+        stride, dilation: int or (height, width).
+        padding: int, (height, width), ((top, bottom), (left, right)), "valid", or "same": output size
+            ceil(size / stride) for any stride, the odd pixel of padding at the bottom and right.
+        activation: None, "relu", "relu6", "silu", "sigmoid", "tanh" or "hardswish", fused.
+
+    Returns:
+        y (N, K, P, Q), of x's kind and layout.
+
+    Raises:
+        ValueError: shapes, sizes or groups that do not fit together; the message has the values.
+        TypeError: wrong or different dtypes, a parameter that is not an integer.
+    """
+    y = _C.conv2d(
+        to_numpy(x, "input"),
+        to_numpy(w, "weight"),
+        None if bias is None else to_numpy(bias, "bias"),
+        None if residual is None else to_numpy(residual, "residual"),
+        pair(stride, "stride"),
+        padding_sides(padding),
+        pair(dilation, "dilation"),
+        integer(groups, "groups"),
+        activation or "",
+    )
+    return like(y, x)
+
+
+def conv2d_backward(
+    dy: Array,
+    x: Array,
+    w: Array,
+    stride: Any = 1,
+    padding: PaddingLike = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    needs: Any = (True, True, True),
+) -> tuple[Array | None, Array | None, Array | None]:
+    """(dx, dw, db) of :func:`conv2d` without activation; None where `needs` says so.
+
+    dy has the shape of y and is the gradient before the activation. dx has x's shape and layout, dw those of w,
+    db is (K,): the sum of dy over batch and pixels.
+    """
+    gradients = _C.conv2d_backward(
+        to_numpy(dy, "dy"),
+        to_numpy(x, "input"),
+        to_numpy(w, "weight"),
+        pair(stride, "stride"),
+        padding_sides(padding),
+        pair(dilation, "dilation"),
+        integer(groups, "groups"),
+        _needs(needs, 3),
+    )
+    dx, dw, db = (None if g is None else like(g, x) for g in gradients)
+    return dx, dw, db
+
+
+def conv_transpose2d(
+    x: Array,
+    w: Array,
+    bias: Array | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Array:
+    """Transposed convolution, as torch.nn.functional.conv_transpose2d: the input gradient of a convolution.
+
+    x (N, C, H, W), w (C, K/groups, R, S), bias (K,), y (N, K, P, Q) with
+    P = (H - 1) * stride - 2 * padding + dilation * (R - 1) + output_padding + 1.
+    Raises as :func:`conv2d`; output_padding must be smaller than stride or dilation.
+    """
+    y = _C.conv_transpose2d(
+        to_numpy(x, "input"),
+        to_numpy(w, "weight"),
+        None if bias is None else to_numpy(bias, "bias"),
+        pair(stride, "stride"),
+        pair(padding, "padding"),
+        pair(output_padding, "output_padding"),
+        pair(dilation, "dilation"),
+        integer(groups, "groups"),
+    )
+    return like(y, x)
+
+
+def conv_transpose2d_backward(
+    dy: Array,
+    x: Array,
+    w: Array,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+    *,
+    needs: Any = (True, True, True),
+) -> tuple[Array | None, Array | None, Array | None]:
+    """(dx, dw, db) of :func:`conv_transpose2d`; None where `needs` says so. dy has the shape of y."""
+    gradients = _C.conv_transpose2d_backward(
+        to_numpy(dy, "dy"),
+        to_numpy(x, "input"),
+        to_numpy(w, "weight"),
+        pair(stride, "stride"),
+        pair(padding, "padding"),
+        pair(output_padding, "output_padding"),
+        pair(dilation, "dilation"),
+        integer(groups, "groups"),
+        _needs(needs, 3),
+    )
+    dx, dw, db = (None if g is None else like(g, x) for g in gradients)
+    return dx, dw, db
+
+
+def explain(
+    op: str,
+    x_shape: Any,
+    w_shape: Any,
+    stride: Any = 1,
+    padding: PaddingLike = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    dtype: str = "float32",
+    direction: str = "forward",
+) -> list[tuple[str, str | None]]:
+    """Which implementation of "conv2d" will run, and why each faster one declines.
+
+    Returns (name, reason) rows, fastest first; the last one, with reason None, is the one that runs.
+    direction: "forward", "backward_input" or "backward_weight".
+    """
+    if op != "conv2d":
+        raise ValueError(f"explain knows 'conv2d', got {op!r}")
+    rows = _C.explain_conv2d(
+        [integer(v, "x_shape") for v in x_shape],
+        [integer(v, "w_shape") for v in w_shape],
+        pair(stride, "stride"),
+        padding_sides(padding),
+        pair(dilation, "dilation"),
+        integer(groups, "groups"),
+        str(np.dtype(dtype)),
+        direction,
+    )
+    return [(name, reason or None) for name, reason in rows]

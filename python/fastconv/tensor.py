@@ -1,0 +1,433 @@
+"""Reverse-mode automatic differentiation: a small tape over numpy arrays.
+
+A `Tensor` holds an array. When an operation has an input that requires a gradient, `apply` attaches
+to its output a node: the sources of the inputs, and a function that maps the gradient of the output
+to gradients of the inputs. Nodes are numbered as they are created, so an input's number is always
+below its output's: `Tensor.backward` visits them from the highest number down, without recursion,
+in the same order on every run, and releases what a node saved as soon as the node has been used.
+
+Adding an operation takes a forward, a backward, and one call::
+
+    def square(x: Tensor) -> Tensor:
+        values = x.data  # what the backward needs: arrays, not tensors
+
+        def backward(dy, needs):  # needs[i]: does input i require a gradient?
+            return (2 * values * dy,)  # one gradient, or None, for each input
+
+        return apply(values * values, (x,), backward)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import math
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, SupportsFloat, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fastconv import ops
+
+Array: TypeAlias = npt.NDArray[Any]
+Needs: TypeAlias = tuple[bool, ...]
+Backward: TypeAlias = Callable[[Array, Needs], Sequence["Array | None"]]
+
+_node_numbers = itertools.count()
+
+
+class _GradMode(threading.local):
+    enabled = True
+
+
+_grad_mode = _GradMode()
+
+
+class no_grad(contextlib.ContextDecorator):  # noqa: N801 - PyTorch's name
+    """Context manager and decorator: operations of this thread record nothing inside it."""
+
+    def __init__(self) -> None:
+        self._outer: list[bool] = []  # one entry for each time it was entered and not yet left
+
+    def __enter__(self) -> None:
+        self._outer.append(_grad_mode.enabled)
+        _grad_mode.enabled = False
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _grad_mode.enabled = self._outer.pop()
+
+    def _recreate_cm(self) -> no_grad:
+        return no_grad()  # a decorated function may run in several threads: a stack for each
+
+
+def is_grad_enabled() -> bool:
+    """False inside `no_grad`, in the thread that asks."""
+    return _grad_mode.enabled
+
+
+class _Node:
+    """One recorded operation: where gradients go, how to compute them, the form of the output."""
+
+    __slots__ = ("number", "sources", "backward", "shape", "dtype", "strides")
+
+    def __init__(
+        self, sources: tuple[_Node | Tensor | None, ...], backward: Backward, output: Array
+    ) -> None:
+        self.number = next(_node_numbers)
+        self.sources = sources
+        self.backward: Backward | None = backward
+        self.shape, self.dtype, self.strides = output.shape, output.dtype, output.strides
+
+    def run(self, dy: Array) -> list[tuple[_Node | Tensor, Array]]:
+        """Calls the backward function, frees what it saved, and pairs sources with gradients."""
+        if self.backward is None:
+            raise RuntimeError(
+                "backward a second time through the same operation: its saved arrays were freed by "
+                "the first backward; run the forward pass again"
+            )
+        needs = tuple(source is not None for source in self.sources)
+        gradients = self.backward(dy, needs)
+        if len(gradients) != len(self.sources):
+            raise RuntimeError(
+                f"a backward function returned {len(gradients)} gradients "
+                f"for {len(self.sources)} inputs"
+            )
+        pairs = [
+            (source, dx)
+            for source, dx in zip(self.sources, gradients, strict=True)
+            if source is not None and dx is not None
+        ]
+        self.backward, self.sources = None, ()
+        return pairs
+
+
+class Tensor:
+    """An array that remembers how it was computed.
+
+    data: the numpy array (any strides; channels-last memory is the fast layout for images). Lists
+        and Python floats become float32; arrays, torch tensors and anything with DLPack keep their
+        dtype and share memory.
+    requires_grad: record operations on this tensor; needs a floating dtype, else TypeError.
+
+    `grad` is None or a numpy array with the shape, dtype and memory order of `data`. As in PyTorch,
+    `backward` adds to the `grad` of the tensors that were not computed by an operation (the
+    leaves), and to no other.
+    """
+
+    __slots__ = ("data", "grad", "requires_grad", "_node", "__weakref__")
+    __array_ufunc__ = None  # ndarray + Tensor asks Tensor; a ufunc is an error, no lost gradient
+
+    def __init__(self, data: Any, requires_grad: bool = False) -> None:
+        self.data: Array = to_numpy(data)
+        if requires_grad and self.data.dtype.kind != "f":
+            raise TypeError(
+                f"only floating tensors can require a gradient, got dtype {self.data.dtype}"
+            )
+        self.grad: Array | None = None
+        self.requires_grad = requires_grad
+        self._node: _Node | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.data.ndim
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.data.dtype
+
+    @property
+    def is_leaf(self) -> bool:
+        """True when no recorded operation computed this tensor."""
+        return self._node is None
+
+    def item(self) -> float:
+        """The value of a tensor with one element, as a Python number."""
+        value: float = self.data.item()
+        return value
+
+    def detach(self) -> Tensor:
+        """The same memory, without the history."""
+        return Tensor(self.data)
+
+    def numpy(self) -> Array:
+        """The array itself. RuntimeError when the tensor requires a gradient."""
+        self._refuse_gradient(RuntimeError, "numpy()")
+        return self.data
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
+        array = self.numpy()
+        if dtype is not None and array.dtype != dtype:
+            if copy is False:
+                raise ValueError(f"converting {array.dtype} to {np.dtype(dtype)} needs a copy")
+            return array.astype(dtype)
+        return array.copy() if copy else array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """DLPack capsule of the memory. BufferError when the tensor requires a gradient."""
+        self._refuse_gradient(BufferError, "__dlpack__()")
+        return self.data.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.data.__dlpack_device__()
+
+    def _refuse_gradient(self, error: type[Exception], what: str) -> None:
+        if self.requires_grad:
+            raise error(f"{what} on a tensor that requires a gradient: use .detach() or .data")
+
+    def backward(self, grad: Any = None) -> None:
+        """Adds d(self)/d(leaf), weighted by `grad`, to `leaf.grad` of every leaf that needs one.
+
+        grad: the gradient of self, same shape; may be left out when self has one element (then 1).
+        RuntimeError: self requires no gradient, or part of its history was used by an earlier
+        backward and is freed.
+        ValueError: `grad` is missing for a tensor of several elements, or its shape differs.
+        """
+        if not self.requires_grad:
+            raise RuntimeError("backward() on a tensor that requires no gradient")
+        seed = self._first_gradient(grad)
+        if self._node is None:
+            self._accumulate(seed.copy(order="K"))
+        else:
+            _run_tape(self._node, seed)
+
+    def _first_gradient(self, grad: Any) -> Array:
+        if grad is None:
+            if self.data.size != 1:
+                raise ValueError(
+                    f"backward() without grad needs one element, this tensor has shape {self.shape}"
+                )
+            return np.ones_like(self.data)
+        seed = to_numpy(grad)
+        if seed.shape != self.shape:
+            raise ValueError(f"grad has shape {seed.shape}, the tensor has shape {self.shape}")
+        return in_form(seed, self.data)
+
+    def _accumulate(self, grad: Array) -> None:
+        if self.grad is None:
+            self.grad = grad
+        else:
+            self.grad += grad
+
+    def __repr__(self) -> str:
+        note = ", requires_grad=True" if self.requires_grad else ""
+        return f"Tensor({np.array2string(self.data, separator=', ', prefix='Tensor(')}{note})"
+
+    # Arithmetic. Shapes broadcast as in numpy.
+
+    def _operand(self, value: Any) -> Tensor:
+        if isinstance(value, (int, float, np.generic)):
+            return Tensor(
+                np.asarray(value, self.dtype)
+            )  # a number never changes the tensor's dtype
+        return as_tensor(value)
+
+    def __add__(self, other: Any) -> Tensor:
+        return _add(self, self._operand(other))
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Tensor:
+        return _subtract(self, self._operand(other))
+
+    def __rsub__(self, other: Any) -> Tensor:
+        return _subtract(self._operand(other), self)
+
+    def __mul__(self, other: Any) -> Tensor:
+        return _multiply(self, self._operand(other))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Tensor:
+        return apply(-self.data, (self,), lambda dy, _: (-dy,))
+
+    def __truediv__(self, scalar: SupportsFloat) -> Tensor:
+        """Division by a number."""
+        divisor = float(scalar)
+        quotient = np.divide(self.data, divisor, dtype=self.dtype)
+        return apply(quotient, (self,), lambda dy, _: (np.divide(dy, divisor, dtype=dy.dtype),))
+
+    def sum(self, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
+        """Sum over `dim` (all dimensions when None)."""
+        shape = self.shape
+        total = self.data.sum(axis=dim, keepdims=True)
+        kept = total.shape
+
+        def backward(dy: Array, _: Needs) -> tuple[Array]:
+            return (np.broadcast_to(dy.reshape(kept), shape),)
+
+        return apply(total if keepdim else _squeeze(total, dim), (self,), backward)
+
+    def mean(self, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
+        """Mean over `dim` (all dimensions when None)."""
+        total = self.sum(dim, keepdim)
+        return total / (self.data.size / max(total.data.size, 1))
+
+    def reshape(self, *shape: int | tuple[int, ...]) -> Tensor:
+        """The elements in logical order under another shape; a view where the memory allows it."""
+        old = self.shape
+        return apply(self.data.reshape(*shape), (self,), lambda dy, _: (dy.reshape(old),))
+
+    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Tensor:
+        """Joins the dimensions start_dim..end_dim (inclusive) into one."""
+        first, last = start_dim % max(self.ndim, 1), end_dim % max(self.ndim, 1)
+        if first > last:
+            raise ValueError(f"flatten: start_dim {start_dim} comes after end_dim {end_dim}")
+        joined = math.prod(self.shape[first : last + 1])
+        return self.reshape((*self.shape[:first], joined, *self.shape[last + 1 :]))
+
+
+def to_numpy(value: Any) -> Array:
+    """The numpy array that shares the memory of `value`.
+
+    value: a Tensor, an array, a torch tensor, anything with DLPack. Python numbers and lists are
+        copied, and their floats become float32.
+    """
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, Tensor):
+        return value.data
+    if isinstance(value, np.generic):
+        return np.asarray(value)
+    if hasattr(value, "detach"):
+        value = value.detach()  # a torch parameter refuses DLPack while it requires a gradient
+    if hasattr(value, "__dlpack__"):
+        return np.from_dlpack(value)
+    array = np.asarray(value)
+    return array.astype(np.float32) if array.dtype == np.float64 else array
+
+
+def as_tensor(value: Any) -> Tensor:
+    """`value` itself when it is a Tensor, else a Tensor that shares its memory."""
+    return value if isinstance(value, Tensor) else Tensor(value)
+
+
+def records(inputs: Iterable[Tensor | None]) -> bool:
+    """Whether an operation on `inputs` is recorded now."""
+    return _grad_mode.enabled and any(t is not None and t.requires_grad for t in inputs)
+
+
+def apply(output: Any, inputs: Sequence[Tensor | None], backward: Backward) -> Tensor:
+    """Wraps the array `output`, computed from `inputs`, and records how its gradient flows back.
+
+    backward(dy, needs): dy has the shape, dtype and memory order of `output`; needs[i] says whether
+        inputs[i] requires a gradient. Returns one gradient for each input, with that input's shape,
+        or None where it is not needed or
+        zero. It must not write to dy, and every array it returns must be new, or dy itself or a
+        view of it.
+
+    Whatever `backward` has captured stays alive until it has run, and not at all when no input
+    requires a gradient.
+    """
+    result = Tensor(np.asarray(output))
+    if records(inputs):
+        sources = tuple(
+            None if t is None or not t.requires_grad else t if t._node is None else t._node
+            for t in inputs
+        )
+        result.requires_grad = True
+        result._node = _Node(sources, backward, result.data)
+    return result
+
+
+def _run_tape(root: _Node, seed: Array) -> None:
+    """Visits the history of `root`, each operation once and after all that used its output."""
+    pending: dict[_Node, Array] = {root: seed}
+    queue = [(-root.number, root)]
+    while queue:
+        node = heapq.heappop(queue)[1]
+        dy = pending.pop(node)
+        for source, dx in node.run(dy):
+            dx = in_form(dx, source.data if isinstance(source, Tensor) else source)
+            if isinstance(source, Tensor):
+                # A leaf owns its gradient: what backward passed through unchanged belongs to others
+                # too.
+                source._accumulate(dx.copy(order="K") if np.may_share_memory(dx, dy) else dx)
+            elif source in pending:
+                pending[source] = ops.add(pending[source], dx)
+            else:
+                pending[source] = dx
+                heapq.heappush(queue, (-source.number, source))
+
+
+def in_form(grad: Array, like: Array | _Node) -> Array:
+    """`grad` with the dtype and the memory order of `like`; itself when it has them."""
+    if grad.shape != like.shape:
+        raise RuntimeError(
+            f"a gradient of shape {grad.shape} arrived for an array of shape {like.shape}"
+        )
+    order = memory_order(like.shape, like.strides)
+    if grad.dtype == like.dtype and _is_dense(grad, order):
+        return grad
+    result = empty_in_order(like.shape, order, like.dtype)
+    result[...] = grad
+    return result
+
+
+def memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[int]:
+    """The dimensions from the one with the largest stride to the one with the smallest."""
+    return sorted(range(len(shape)), key=lambda d: -abs(strides[d]) if shape[d] != 1 else 0)
+
+
+def empty_in_order(shape: tuple[int, ...], order: list[int], dtype: npt.DTypeLike) -> Array:
+    """An uninitialised dense array whose dimensions lie in memory in `order`, outermost first."""
+    array = np.empty([shape[d] for d in order], dtype)
+    return array.transpose(np.argsort(order)) if order else array
+
+
+def _is_dense(array: Array, order: list[int]) -> bool:
+    expected = array.itemsize
+    for d in reversed(order):
+        if array.shape[d] != 1 and array.strides[d] != expected:
+            return array.size == 0
+        expected *= array.shape[d]
+    return True
+
+
+def _sum_to(grad: Array, shape: tuple[int, ...]) -> Array:
+    """Undoes broadcasting: sums over the dimensions along which an operand was repeated."""
+    if grad.shape == shape:
+        return grad
+    extra = grad.ndim - len(shape)
+    stretched = [extra + d for d, n in enumerate(shape) if n == 1 and grad.shape[extra + d] != 1]
+    total: Array = grad.sum(axis=(*range(extra), *stretched))
+    return total.reshape(shape)
+
+
+def _squeeze(total: Array, dim: int | tuple[int, ...] | None) -> Array:
+    return total.reshape(()) if dim is None else total.squeeze(axis=dim)
+
+
+def _add(a: Tensor, b: Tensor) -> Tensor:
+    if a.shape == b.shape and a.dtype == b.dtype:
+        return apply(ops.add(a.data, b.data), (a, b), lambda dy, _: (dy, dy))
+    sa, sb = a.shape, b.shape
+    return apply(a.data + b.data, (a, b), lambda dy, _: (_sum_to(dy, sa), _sum_to(dy, sb)))
+
+
+def _subtract(a: Tensor, b: Tensor) -> Tensor:
+    sa, sb = a.shape, b.shape
+    return apply(a.data - b.data, (a, b), lambda dy, _: (_sum_to(dy, sa), _sum_to(-dy, sb)))
+
+
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    x, y = a.data, b.data
+
+    def backward(dy: Array, needs: Needs) -> tuple[Array | None, Array | None]:
+        da = _sum_to(dy * y, x.shape) if needs[0] else None
+        db = _sum_to(dy * x, y.shape) if needs[1] else None
+        return da, db
+
+    return apply(x * y, (a, b), backward)
