@@ -185,13 +185,6 @@ void bind_conv2d(py::module_& m) {
       },
       "x_shape"_a, "w_shape"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a);
   m.def(
-      "conv2d_padding",
-      [](const Shape& x, const Shape& w, Pair stride, const Padding& padding, Pair dilation, int64_t groups) {
-        const Conv2dProblem p = describe(x, w, stride, padding, dilation, groups, "float32");
-        return std::array<int64_t, 4>{p.pad_top, p.pad_bottom, p.pad_left, p.pad_right};
-      },
-      "x_shape"_a, "w_shape"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a);
-  m.def(
       "explain_conv2d",
       [](const Shape& x, const Shape& w, Pair stride, const Padding& padding, Pair dilation, int64_t groups,
          const std::string& dtype, const std::string& direction) {

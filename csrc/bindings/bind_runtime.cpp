@@ -1,6 +1,7 @@
 #include <pybind11/stl.h>
 
 #include <chrono>
+#include <cstring>
 
 #include "bindings/convert.h"
 #include "cpu/parallel.h"
@@ -18,7 +19,7 @@ double measure_fma_peak(double seconds, int threads) {
   FC_CHECK(seconds > 0 && seconds < 60, "seconds must be between 0 and 60, got ", seconds);
   FC_CHECK(threads >= 1 && threads <= 1024, "the number of threads must be between 1 and 1024, got ", threads);
   constexpr int64_t kBurst = 100'000;
-  const auto& k = cpu::kernels().conv2d;
+  const auto& k = cpu::kernels().roofline;
   std::vector<double> rate(threads);
   cpu::parallel_for(
       threads,
@@ -38,28 +39,37 @@ double measure_fma_peak(double seconds, int threads) {
   return total;
 }
 
-// Bytes a second of reading one array and writing another (a copy counts both), on `threads` threads, best of several.
+// Bytes a second of copying an array of `bytes` (read and written bytes both count) on `threads` threads: the best of
+// several rounds, with ordinary stores, which win in cache, and with non-temporal ones, which win in memory.
 double measure_bandwidth(int64_t bytes, int threads) {
   FC_CHECK(bytes >= 1 << 20 && bytes <= int64_t{1} << 34, "bytes must be between 2^20 and 2^34, got ", bytes);
   FC_CHECK(threads >= 1 && threads <= 1024, "the number of threads must be between 1 and 1024, got ", threads);
-  const int64_t floats = bytes / 4;
+  constexpr int64_t kLine = 64;
+  const int64_t lines = bytes / kLine;
   Buffer a(bytes), b(bytes);
-  std::fill_n(a.as<float>(), floats, 1.0f);
-  std::fill_n(b.as<float>(), floats, 0.0f);
-  double best = 0;
-  for (int round = 0; round < 5; ++round) {
+  std::memset(a.as<char>(), 1, bytes);
+  std::memset(b.as<char>(), 0, bytes);
+  const auto copy_time = [&](bool streaming) {
     const double start = seconds_now();
     cpu::parallel_for(
         threads,
         [&](int64_t i, int) {
-          const cpu::Range r = cpu::split(floats, threads, i);
-          const float* src = a.as<float>();
-          float* dst = b.as<float>();
-          for (int64_t j = r.begin; j < r.end; ++j) dst[j] = src[j] * 1.5f;
+          const cpu::Range r = cpu::split(lines, threads, i);
+          char* src = a.as<char>() + r.begin * kLine;
+          char* dst = b.as<char>() + r.begin * kLine;
+          const int64_t size = (r.end - r.begin) * kLine;
+          if (streaming)
+            cpu::kernels().roofline.stream_copy(reinterpret_cast<float*>(src), reinterpret_cast<float*>(dst), size / 4);
+          else
+            std::memcpy(dst, src, size);
         },
         threads);
-    best = std::max(best, 2.0 * bytes / (seconds_now() - start));
-  }
+    return seconds_now() - start;
+  };
+  double best = 0;
+  for (int round = 0; round < 5; ++round)
+    for (bool streaming : {false, true})
+      best = std::max(best, 2.0 * static_cast<double>(lines * kLine) / copy_time(streaming));
   return best;
 }
 

@@ -12,60 +12,81 @@ namespace fastconv::cpu::depthwise {
 namespace {
 
 // Outputs larger than this leave the cache before anybody reads them: writing around it saves reading them first.
-constexpr int64_t kStreamFloats = int64_t{4} << 20;
+constexpr int64_t kStreamFloats = int64_t{2} << 20;
 // Rows of x and dy of one call of the weight gradient's kernel, which runs over them once for every vector of channels.
 constexpr int64_t kGradientFloats = 48 * 1024;
-
-// [row tap][column tap][channel]
-Buffer pack_weights(const TensorView& w, const AxisTaps& rows, const AxisTaps& columns, int64_t channels) {
-  Buffer packed(std::max<size_t>(rows.taps.size() * columns.taps.size() * channels, 1) * sizeof(float));
-  float* dst = packed.as<float>();
-  for (const auto& row : rows.taps)
-    for (const auto& column : columns.taps) {
-      const float* src = w.as<float>() + row.index * w.strides[2] + column.index * w.strides[3];
-      for (int64_t c = 0; c < channels; ++c) *dst++ = src[c * w.strides[0]];
-    }
-  return packed;
-}
 
 int64_t first_offset(const AxisTaps& axis) { return axis.taps.empty() ? 0 : axis.taps[0].offset; }
 int64_t tap_step(const AxisTaps& axis) {
   return axis.taps.size() < 2 ? 1 : axis.taps[1].offset - axis.taps[0].offset;
 }
 
-// y (images of y_h x y_w) at the places that the axes name = correlation of x (x_h x x_w) with the axes' taps.
-void run(const float* x, int64_t images, int64_t x_h, int64_t x_w, int64_t channels, const TensorView& w,
-         const AxisTaps& rows, const AxisTaps& columns, float* y, int64_t y_h, int64_t y_w, const Epilogue& epilogue) {
-  // Without taps on one axis (a phase that no kernel element reaches) there are none at all.
-  const bool reached = !rows.taps.empty() && !columns.taps.empty();
-  const Buffer weights = pack_weights(w, rows, columns, channels);
-  const bool streaming = channels % 16 == 0 && images * y_h * y_w * channels >= kStreamFloats;
-  parallel_ranges(images * rows.outputs, std::max<int64_t>(16384 / (columns.outputs * channels), 1),
+// The taps of one phase of rows and one of columns: weights [row tap][column tap][channel].
+struct Phase {
+  const AxisTaps* rows;
+  const AxisTaps* columns;
+  const float* weights;
+  int64_t row_taps() const { return columns->taps.empty() ? 0 : rows->taps.size(); }  // none on one axis: none at all
+};
+
+struct Image {
+  int64_t h, w;
+};
+
+// y = correlation of x with w, at the places that the axes name. Row phases alternate from row to row of y, so that all
+// column phases of a row are written while it is in cache.
+void run(const float* x, Image x_size, int64_t images, int64_t channels, const TensorView& w,
+         const std::vector<AxisTaps>& rows, const std::vector<AxisTaps>& columns, float* y, Image y_size,
+         const Epilogue& epilogue) {
+  size_t taps = 0;
+  for (const AxisTaps& row : rows)
+    for (const AxisTaps& column : columns) taps += row.taps.size() * column.taps.size();
+  Buffer packed(std::max<size_t>(taps * channels, 1) * sizeof(float));
+  float* to = packed.as<float>();
+  std::vector<Phase> phases;
+  for (const AxisTaps& row : rows)
+    for (const AxisTaps& column : columns) {
+      phases.push_back({&row, &column, to});
+      for (const auto& r : row.taps)
+        for (const auto& s : column.taps) {
+          const float* from = w.as<float>() + r.index * w.strides[2] + s.index * w.strides[3];
+          for (int64_t c = 0; c < channels; ++c) *to++ = from[c * w.strides[0]];
+        }
+    }
+
+  const bool streaming = channels % 16 == 0 && images * y_size.h * y_size.w * channels >= kStreamFloats;
+  const int64_t row_phases = rows.size(), column_phases = columns.size();
+  parallel_ranges(images * y_size.h, std::max<int64_t>(16384 / (y_size.w * channels), 1),
                   [&](int64_t begin, int64_t end) {
-    std::vector<const float*> x_rows(reached ? rows.taps.size() : 0);
+    std::vector<const float*> x_rows;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / rows.outputs, j = i % rows.outputs;
-      for (size_t a = 0; a < x_rows.size(); ++a) {
-        const int64_t row = j * rows.step + rows.taps[a].offset;
-        x_rows[a] = row >= 0 && row < x_h ? x + (n * x_h + row) * x_w * channels : nullptr;
+      const int64_t n = i / y_size.h, y_row = i % y_size.h, row_phase = y_row % row_phases, j = y_row / row_phases;
+      for (int64_t column_phase = 0; column_phase < column_phases; ++column_phase) {
+        const Phase& phase = phases[row_phase * column_phases + column_phase];
+        const AxisTaps& column = *phase.columns;
+        x_rows.assign(phase.row_taps(), nullptr);
+        for (size_t a = 0; a < x_rows.size(); ++a) {
+          const int64_t row = j * phase.rows->step + phase.rows->taps[a].offset;
+          if (row >= 0 && row < x_size.h) x_rows[a] = x + (n * x_size.h + row) * x_size.w * channels;
+        }
+        const int64_t at = (i * y_size.w + column.out_first) * channels;
+        DepthwiseRow t{};
+        t.x_rows = x_rows.data();
+        t.kernel_rows = x_rows.size(), t.kernel_columns = column.taps.size();
+        t.x_width = x_size.w;
+        t.first = first_offset(column), t.step = column.step, t.tap_step = tap_step(column);
+        t.x_pixel = channels, t.y_pixel = column.out_step * channels;
+        t.w = phase.weights;
+        t.w_stride = channels;
+        t.y = y + at;
+        t.residual = epilogue.residual ? epilogue.residual + at : nullptr;
+        t.bias = epilogue.bias;
+        t.outputs = column.outputs;
+        t.channels = channels;
+        t.low = epilogue.low, t.high = epilogue.high;
+        t.streaming = streaming;
+        kernels().conv2d.depthwise_row(t);
       }
-      const int64_t at = ((n * y_h + rows.out_first + j * rows.out_step) * y_w + columns.out_first) * channels;
-      DepthwiseRow t{};
-      t.x_rows = x_rows.data();
-      t.kernel_rows = x_rows.size(), t.kernel_columns = columns.taps.size();
-      t.x_width = x_w;
-      t.first = first_offset(columns), t.step = columns.step, t.tap_step = tap_step(columns);
-      t.x_pixel = channels, t.y_pixel = columns.out_step * channels;
-      t.w = weights.as<float>();
-      t.w_stride = channels;
-      t.y = y + at;
-      t.residual = epilogue.residual ? epilogue.residual + at : nullptr;
-      t.bias = epilogue.bias;
-      t.outputs = columns.outputs;
-      t.channels = channels;
-      t.low = epilogue.low, t.high = epilogue.high;
-      t.streaming = streaming;
-      kernels().conv2d.depthwise_row(t);
     }
   });
 }
@@ -80,18 +101,16 @@ const char* supports(const Conv2dProblem& a) {
 }
 
 void forward(const Conv2dProblem& a, const ForwardArguments& args) {
-  run(static_cast<const float*>(args.x), a.n, a.h, a.w, a.c, args.w,
-      forward_axis(a.p, a.r, a.stride_h, a.pad_top, a.dilation_h),
-      forward_axis(a.q, a.s, a.stride_w, a.pad_left, a.dilation_w), static_cast<float*>(args.y), a.p, a.q,
+  run(static_cast<const float*>(args.x), {a.h, a.w}, a.n, a.c, args.w,
+      {forward_axis(a.p, a.r, a.stride_h, a.pad_top, a.dilation_h)},
+      {forward_axis(a.q, a.s, a.stride_w, a.pad_left, a.dilation_w)}, static_cast<float*>(args.y), {a.p, a.q},
       make_epilogue(args));
 }
 
 void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) {
-  const auto columns = backward_axes(a.w, a.s, a.stride_w, a.pad_left, a.dilation_w);
-  for (const AxisTaps& row_axis : backward_axes(a.h, a.r, a.stride_h, a.pad_top, a.dilation_h))
-    for (const AxisTaps& column_axis : columns)
-      run(static_cast<const float*>(args.dy), a.n, a.p, a.q, a.c, args.w, row_axis, column_axis,
-          static_cast<float*>(args.dx), a.h, a.w, {});
+  run(static_cast<const float*>(args.dy), {a.p, a.q}, a.n, a.c, args.w,
+      backward_axes(a.h, a.r, a.stride_h, a.pad_top, a.dilation_h),
+      backward_axes(a.w, a.s, a.stride_w, a.pad_left, a.dilation_w), static_cast<float*>(args.dx), {a.h, a.w}, {});
 }
 
 void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args) {

@@ -13,7 +13,10 @@ namespace fastconv::cpu::first_layer {
 namespace {
 
 // Outputs larger than this leave the cache before anybody reads them: writing around it saves reading them first.
-constexpr int64_t kStreamFloats = int64_t{4} << 20;
+constexpr int64_t kStreamFloats = int64_t{2} << 20;
+
+// dy of a band of the weight gradient, for one panel of channels: 24 KiB.
+constexpr int64_t kSliceFloats = 6 * 1024;
 
 }  // namespace
 
@@ -25,6 +28,7 @@ const char* supports(const Conv2dProblem& a) {
 
 const char* supports_backward_weight(const Conv2dProblem& a) {
   if (a.dilation_w != 1) return "dilated columns";
+  if (a.dilation_h > 4 || a.stride_h > a.r + 4) return "rows too far apart to pack them all";
   return supports(a);
 }
 
@@ -52,11 +56,26 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
   const auto* dy = static_cast<const float*>(args.dy);
   const int64_t panels = (a.k + k.tile_k - 1) / k.tile_k, taps = a.s * a.c;
   const int64_t panel_floats = a.r * taps * k.tile_k;
-  const int64_t rows = a.n * a.p;
-  const int64_t parts = std::clamp<int64_t>(rows / 16, 1, 32);
   // A padded image row: pixel -pad_left first, as many as the last output reads.
-  const int64_t row_floats = ((a.q - 1) * a.stride_w + a.s) * a.c;
-  const int64_t scratch_floats = a.r * row_floats + a.q * k.tile_k;
+  const int64_t row_pixels = (a.q - 1) * a.stride_w + a.s, row_floats = row_pixels * a.c;
+  // Output rows of a band, whose slice of dy should stay in L1; with one accumulator load for all of them.
+  const int64_t band = std::clamp<int64_t>(kSliceFloats / (a.q * k.tile_k), 1, a.p);
+  const int64_t bands = (a.p + band - 1) / band, units = a.n * bands;
+  const int64_t parts = std::clamp<int64_t>(units / 2, 1, 32);
+  const int64_t packed_rows = (band - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1;
+  const int64_t scratch_floats = packed_rows * row_floats + band * a.q * k.tile_k;
+
+  // Image row ih of image n, padded; rows outside the image are zeros.
+  const auto pack_row = [&](int64_t n, int64_t ih, float* to) {
+    const int64_t begin = std::min(a.pad_left, row_pixels), end = std::clamp(a.pad_left + a.w, begin, row_pixels);
+    if (ih < 0 || ih >= a.h) {
+      std::memset(to, 0, row_floats * sizeof(float));
+      return;
+    }
+    std::memset(to, 0, begin * a.c * sizeof(float));
+    std::memcpy(to + begin * a.c, x + (n * a.h + ih) * a.w * a.c, (end - begin) * a.c * sizeof(float));
+    std::memset(to + end * a.c, 0, (row_pixels - end) * a.c * sizeof(float));
+  };
 
   Buffer sums(parts * panels * panel_floats * sizeof(float));
   const int threads = num_threads();
@@ -67,32 +86,23 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
         float* acc = sums.as<float>() + i * panels * panel_floats;
         std::memset(acc, 0, panels * panel_floats * sizeof(float));
         float* packed = scratch.as<float>() + thread * scratch_floats;
-        float* slice = packed + a.r * row_floats;
-        const Range mine = split(rows, parts, i);
-        for (int64_t row = mine.begin; row < mine.end; ++row) {
-          const int64_t n = row / a.p, p = row % a.p;
-          const auto image_row = [&](int64_t r) { return p * a.stride_h - a.pad_top + r * a.dilation_h; };
-          for (int64_t r = 0; r < a.r; ++r) {
-            if (image_row(r) < 0 || image_row(r) >= a.h) continue;
-            float* to = packed + r * row_floats;
-            const int64_t width = row_floats / a.c;
-            const int64_t begin = std::min(a.pad_left, width), end = std::clamp(a.pad_left + a.w, begin, width);
-            std::memset(to, 0, begin * a.c * sizeof(float));
-            std::memcpy(to + begin * a.c, x + (n * a.h + image_row(r)) * a.w * a.c, (end - begin) * a.c * sizeof(float));
-            std::memset(to + end * a.c, 0, (width - end) * a.c * sizeof(float));
-          }
+        float* slice = packed + packed_rows * row_floats;
+        const Range mine = split(units, parts, i);
+        for (int64_t unit = mine.begin; unit < mine.end; ++unit) {
+          const int64_t n = unit / bands, p0 = unit % bands * band, rows = std::min(band, a.p - p0);
+          for (int64_t j = 0; j < (rows - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1; ++j)
+            pack_row(n, p0 * a.stride_h - a.pad_top + j, packed + j * row_floats);
           for (int64_t panel = 0; panel < panels; ++panel) {
             const int64_t channels = std::min(k.tile_k, a.k - panel * k.tile_k);
             FirstLayerWeightTile t{};
-            t.x_step = a.stride_w * a.c;
-            t.columns = a.q;
+            t.x_step = a.stride_w * a.c, t.x_row_step = a.stride_h * row_floats;
+            t.rows = rows, t.columns = a.q;
             t.dy = slice;
             t.width = channels <= k.lanes ? k.lanes : k.tile_k;
             t.taps = taps;
-            k.pack_slice(dy + row * a.q * a.k + panel * k.tile_k, a.k, a.q, channels, t.width, slice);
+            k.pack_slice(dy + (n * a.p + p0) * a.q * a.k + panel * k.tile_k, a.k, rows * a.q, channels, t.width, slice);
             for (int64_t r = 0; r < a.r; ++r) {
-              if (image_row(r) < 0 || image_row(r) >= a.h) continue;
-              t.x = packed + r * row_floats;
+              t.x = packed + r * a.dilation_h * row_floats;
               t.acc = acc + panel * panel_floats + r * taps * t.width;
               k.first_layer_weight_tile(t);
             }

@@ -4,5 +4,5 @@
 
 namespace fastconv::cpu {
 extern const KernelTable table_avx2;
-const KernelTable table_avx2 = kernel_table();
+constexpr KernelTable table_avx2 = kernel_table();
 }  // namespace fastconv::cpu

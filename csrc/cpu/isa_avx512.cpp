@@ -4,5 +4,5 @@
 
 namespace fastconv::cpu {
 extern const KernelTable table_avx512;
-const KernelTable table_avx512 = kernel_table();
+constexpr KernelTable table_avx512 = kernel_table();
 }  // namespace fastconv::cpu

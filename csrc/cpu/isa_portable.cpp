@@ -4,5 +4,5 @@
 
 namespace fastconv::cpu {
 extern const KernelTable table_portable;
-const KernelTable table_portable = kernel_table();
+constexpr KernelTable table_portable = kernel_table();
 }  // namespace fastconv::cpu

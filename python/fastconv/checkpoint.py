@@ -84,7 +84,7 @@ def load_state(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, Any
 
 
 def check_available() -> None:
-    """Raises ImportError, with what to install, where weight files can be neither written nor read."""
+    """Raises ImportError, with what to install, where the safetensors package is missing."""
     _safetensors()
 
 

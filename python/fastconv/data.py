@@ -484,15 +484,19 @@ _ORDER, _TOP, _LEFT, _FLIP = range(4)
 
 
 def _random(seed: int, epoch: int, indices: NDArray[np.int64], draw: int) -> NDArray[np.uint64]:
-    """64 random bits for each index, a function of the arguments: no state to save for a resume.
-
-    SplitMix64's step and output function (Steele, Lea and Flood 2014, "Fast splittable pseudorandom
-    number generators", figure 17), once for each argument.
-    """
+    """64 random bits for each index, a function of the arguments: no state to save for a resume."""
     bits = np.zeros(1, np.uint64)
     for key in (np.array([seed % 2**64], np.uint64), epoch, draw, indices):
-        bits = bits + np.asarray(key).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        bits = bits ^ (bits >> np.uint64(31))
+        bits = _splitmix64(bits + np.asarray(key).astype(np.uint64))
     return bits
+
+
+def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The next output of the generator SplitMix64.
+
+    Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 17.
+    """
+    bits = state + np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))

@@ -383,8 +383,8 @@ ACTIVATIONS: dict[str, Callable[[Input], Tensor]] = {
 # Activations whose derivative can be told from their output: fused in training too, because the
 # output alone is kept.
 _FROM_OUTPUT: dict[str, Callable[[Array, Array], Array]] = {
-    "relu": ops.relu_backward,
-    "relu6": ops.relu6_backward,
+    "relu": lambda dy, y: ops.relu_backward(dy, y),
+    "relu6": lambda dy, y: ops.relu6_backward(dy, y),
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from fastconv import functional as F  # noqa: N812 - the usual name
+from fastconv import functional as F
 from fastconv import init
 from fastconv.functional import Padding, Pair
 from fastconv.init import get_rng_state, manual_seed, set_rng_state
@@ -22,6 +22,8 @@ from fastconv.module import Module, Parameter
 from fastconv.tensor import Array, Tensor, to_numpy
 
 __all__ = [
+    "ELU",
+    "GELU",
     "AdaptiveAvgPool2d",
     "AvgPool2d",
     "BatchNorm1d",
@@ -30,9 +32,7 @@ __all__ = [
     "ConvTranspose2d",
     "CrossEntropyLoss",
     "Dropout",
-    "ELU",
     "Flatten",
-    "GELU",
     "Hardsigmoid",
     "Hardswish",
     "Identity",

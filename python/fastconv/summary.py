@@ -150,7 +150,7 @@ class _Axis:
         )
 
     def transposed(self, size: int, kernel: int, stride: int, padding: int, dilation: int) -> _Axis:
-        """After a transposed convolution: i sees the whole ones of (i + p - t d) / s, 0 <= t < k."""
+        """After a transposed convolution: i sees whole (i + p - t d) / s, 0 <= t < k."""
         reach = (kernel - 1) * dilation
         return _Axis(
             size,
@@ -216,7 +216,7 @@ class _Walk:
         )
 
     def _follow(self, module: nn.Module, x: Tensor, y: Tensor) -> None:
-        """Notes the field of a layer's output: its geometry on x, joined with a residual's field."""
+        """Notes the field of a layer: its geometry on x, joined with the field of a residual."""
         entered, left = _source(x), _source(y)
         if left in self._fields:  # the layer hands on what it was given
             return
@@ -228,11 +228,12 @@ class _Walk:
         """The field of a node of the tape, and of the functions that led to it from known ones."""
         for node in sorted(self._unknown_behind(source), key=lambda n: n.number):
             known = [self._fields[s] for s in node.sources if s in self._fields]
-            self._fields[node] = _merge([_reshaped(field, node.shape) for field in known])
+            if known:  # without any it was computed from parameters, not from the image
+                self._fields[node] = _merge([_reshaped(field, node.shape) for field in known])
         return self._fields.get(source)
 
     def _unknown_behind(self, source: Any) -> set[Any]:
-        """The node and those before it up to the nodes whose field is known; parameters have none."""
+        """The node, and those before it up to nodes with a known field; parameters have none."""
         found: set[Any] = set()
         waiting = [source]
         while waiting:

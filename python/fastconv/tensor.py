@@ -47,7 +47,7 @@ class _GradMode(threading.local):
 _grad_mode = _GradMode()
 
 
-class no_grad(contextlib.ContextDecorator):  # noqa: N801 - PyTorch's name
+class no_grad(contextlib.ContextDecorator):
     """Context manager and decorator: operations of this thread record nothing inside it."""
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ def is_grad_enabled() -> bool:
 class _Node:
     """One recorded operation: where gradients go, how to compute them, the form of the output."""
 
-    __slots__ = ("number", "sources", "backward", "shape", "dtype", "strides")
+    __slots__ = ("backward", "dtype", "number", "shape", "sources", "strides")
 
     def __init__(
         self, sources: tuple[_Node | Tensor | None, ...], backward: Backward, output: Array
@@ -123,7 +123,7 @@ class Tensor:
     leaves), and to no other.
     """
 
-    __slots__ = ("data", "grad", "requires_grad", "_node", "__weakref__")
+    __slots__ = ("__weakref__", "_node", "data", "grad", "requires_grad")
     __array_ufunc__ = None  # ndarray + Tensor asks Tensor; a ufunc is an error, no lost gradient
 
     def __init__(self, data: Any, requires_grad: bool = False) -> None:
@@ -356,7 +356,7 @@ def _run_tape(root: _Node, seed: Array) -> None:
                 # too.
                 source._accumulate(dx.copy(order="K") if np.may_share_memory(dx, dy) else dx)
             elif source in pending:
-                pending[source] = ops.add(pending[source], dx)
+                pending[source] = _plus(pending[source], dx)
             else:
                 pending[source] = dx
                 heapq.heappush(queue, (-source.number, source))
@@ -410,11 +410,15 @@ def _squeeze(total: Array, dim: int | tuple[int, ...] | None) -> Array:
     return total.reshape(()) if dim is None else total.squeeze(axis=dim)
 
 
+def _plus(a: Array, b: Array) -> Array:
+    same = a.shape == b.shape and a.dtype == b.dtype and a.dtype in (np.float32, np.float64)
+    total: Array = ops.add(a, b) if same else a + b
+    return total
+
+
 def _add(a: Tensor, b: Tensor) -> Tensor:
-    if a.shape == b.shape and a.dtype == b.dtype:
-        return apply(ops.add(a.data, b.data), (a, b), lambda dy, _: (dy, dy))
     sa, sb = a.shape, b.shape
-    return apply(a.data + b.data, (a, b), lambda dy, _: (_sum_to(dy, sa), _sum_to(dy, sb)))
+    return apply(_plus(a.data, b.data), (a, b), lambda dy, _: (_sum_to(dy, sa), _sum_to(dy, sb)))
 
 
 def _subtract(a: Tensor, b: Tensor) -> Tensor:

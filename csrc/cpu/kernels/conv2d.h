@@ -56,9 +56,9 @@ struct WeightTile {
 // Weight gradient of a first layer for one kernel row: acc[j][0..width) += sum over pixels x[pixel * x_step + j] dy[pixel].
 struct FirstLayerWeightTile {
   const float* x;
-  int64_t x_step;
-  int64_t columns;
-  const float* dy;        // [columns][width], packed
+  int64_t x_step, x_row_step;  // between neighbouring outputs of a row; between output rows
+  int64_t rows, columns;
+  const float* dy;        // [rows * columns][width], packed
   int64_t width;          // lanes or 2 * lanes
   int64_t taps;           // j < taps: (kernel columns) x (channels)
   float* acc;             // [taps][width]
@@ -119,7 +119,6 @@ struct Conv2dKernels {
   void (*first_layer_weight_tile)(const FirstLayerWeightTile&);
   void (*depthwise_row)(const DepthwiseRow&);
   void (*depthwise_weight_rows)(const DepthwiseWeightRow&);
-  double (*fma_burst)(int64_t iterations);  // returns the floating-point operations done: for the roofline
 };
 
 }  // namespace fastconv::cpu

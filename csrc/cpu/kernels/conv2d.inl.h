@@ -52,6 +52,9 @@ void direct_tile(const DirectTile& t) {
       if (channels == BLOCK) {
 #pragma GCC unroll 2
         for (int64_t c = 0; c < BLOCK; ++c) step(c);
+      } else if (BLOCK == kSmallBlock && channels == 3) {  // colour images
+#pragma GCC unroll 3
+        for (int64_t c = 0; c < 3; ++c) step(c);
       } else {
 #pragma GCC unroll 1
         for (int64_t c = 0; c < channels; ++c) step(c);
@@ -165,6 +168,8 @@ void weight_tile(const WeightTile& t) {
       weight_tile_part<kTileChannels, 2>(t, c);
 }
 
+// first_layer_weight: J (column, channel) pairs x V vectors of one kernel row, summed over a band of pixels.
+// Registers and bound as weight_tile.
 template <int J, int V>
 void first_layer_weight_part(const FirstLayerWeightTile& t, int64_t j0) {
   constexpr int W = V * kLanes;
@@ -174,18 +179,20 @@ void first_layer_weight_part(const FirstLayerWeightTile& t, int64_t j0) {
   for (int j = 0; j < J; ++j)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) acc[j][v] = load(out + j * W + v * kLanes);
-  const float* x = t.x + j0;
   const float* dy = t.dy;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const float* x = t.x + r * t.x_row_step + j0;
 #pragma GCC unroll 2
-  for (int64_t q = 0; q < t.columns; ++q, x += t.x_step, dy += W) {
-    Vec g[V];
+    for (int64_t q = 0; q < t.columns; ++q, x += t.x_step, dy += W) {
+      Vec g[V];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) g[v] = load(dy + v * kLanes);
+      for (int v = 0; v < V; ++v) g[v] = load(dy + v * kLanes);
 #pragma GCC unroll 16
-    for (int j = 0; j < J; ++j) {
-      const Vec a = set1(x[j]);
+      for (int j = 0; j < J; ++j) {
+        const Vec a = set1(x[j]);
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) acc[j][v] = fma(a, g[v], acc[j][v]);
+        for (int v = 0; v < V; ++v) acc[j][v] = fma(a, g[v], acc[j][v]);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -194,7 +201,7 @@ void first_layer_weight_part(const FirstLayerWeightTile& t, int64_t j0) {
     for (int v = 0; v < V; ++v) store(out + j * W + v * kLanes, acc[j][v]);
 }
 
-// The taps of a kernel row are cut into parts of at most kFirstTaps accumulators pairs.
+// The taps of a kernel row are cut into parts of at most kFirstTaps pairs of accumulators.
 constexpr int kFirstTaps = kTilePixels > 12 ? 12 : kTilePixels;
 
 template <int V, int J = kFirstTaps>
@@ -213,23 +220,6 @@ void first_layer_weight_tile(const FirstLayerWeightTile& t) {
       first_layer_weight_dispatch<2>(t, j, taps);
     j += taps;
   }
-}
-
-// Independent FMA chains that fill both FMA ports: the measured peak of the roofline.
-double fma_burst(int64_t iterations) {
-  constexpr int N = 12;
-  Vec acc[N];
-  for (int i = 0; i < N; ++i) acc[i] = set1(1.0f + i);
-  const Vec a = set1(0.999999f), b = set1(1e-7f);
-  for (int64_t n = 0; n < iterations; ++n)
-#pragma GCC unroll 12
-    for (int i = 0; i < N; ++i) acc[i] = fma(acc[i], a, b);
-  Vec sum = acc[0];
-  for (int i = 1; i < N; ++i) sum = add(sum, acc[i]);
-  float out[kLanes];
-  store(out, sum);
-  asm volatile("" : : "r"(out) : "memory");  // the result must count as used
-  return 2.0 * N * kLanes * static_cast<double>(iterations);
 }
 
 template <int BLOCK, int V, int ROWS, int P>

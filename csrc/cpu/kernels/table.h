@@ -3,12 +3,14 @@
 #pragma once
 
 #include "cpu/kernels/conv2d.h"
+#include "cpu/kernels/roofline.h"
 
 namespace fastconv::cpu {
 
 struct KernelTable {
   const char* isa;
   Conv2dKernels conv2d;
+  RooflineKernels roofline;
 };
 
 }  // namespace fastconv::cpu

@@ -3,6 +3,7 @@
 
 #include "cpu/kernels/conv2d.inl.h"
 #include "cpu/kernels/depthwise.inl.h"
+#include "cpu/kernels/roofline.inl.h"
 #include "cpu/kernels/table.h"
 
 namespace fastconv::cpu {
@@ -22,11 +23,10 @@ constexpr Conv2dKernels conv2d_kernels() {
       first_layer_weight_tile,
       depthwise_row,
       depthwise_weight_rows,
-      fma_burst,
   };
 }
 
-constexpr KernelTable kernel_table() { return {FC_ISA_NAME, conv2d_kernels()}; }
+constexpr KernelTable kernel_table() { return {FC_ISA_NAME, conv2d_kernels(), roofline_kernels()}; }
 
 }  // namespace
 }  // namespace fastconv::cpu

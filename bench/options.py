@@ -1,0 +1,72 @@
+"""Command-line options that the benchmarks share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+
+def parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog=f"python -m bench.{module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--threads",
+        type=thread_counts,
+        default=sorted({1, len(os.sched_getaffinity(0))}),
+        metavar="N,M",
+        help="numbers of threads, each measured on its own",
+    )
+    made.add_argument("--json", type=Path, metavar="F", help="write everything measured to F")
+    return made
+
+
+def add_comparison(made: argparse.ArgumentParser, budget: float) -> None:
+    """Options of a benchmark that measures fastconv against PyTorch."""
+    made.add_argument("--no-peer", action="store_true", help="measure fastconv alone")
+    made.add_argument("--filter", default="", metavar="NAME", help="only names that contain NAME")
+    made.add_argument("--budget", type=float, default=budget, metavar="S", help="seconds a row")
+    made.add_argument("--min-rounds", type=int, default=5, metavar="N", help="at least N samples")
+    made.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all?")
+
+
+def add_choice(
+    made: argparse.ArgumentParser, flag: str, names: Sequence[str], default: Sequence[str]
+) -> None:
+    """An option that takes some of ``names``, separated by commas."""
+
+    def parse(text: str) -> list[str]:
+        chosen = text.split(",")
+        if not set(chosen) <= set(names):
+            raise argparse.ArgumentTypeError(f"expected some of {','.join(names)}, got {text!r}")
+        return chosen
+
+    made.add_argument(
+        flag, type=parse, default=default, metavar="A,B", help=f"some of {','.join(names)}"
+    )
+
+
+def thread_counts(text: str) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"expected numbers of threads, as in 1,2, got {text!r}")
+    return counts
+
+
+def peer_module(options: argparse.Namespace) -> ModuleType | None:
+    """bench.peer, which needs PyTorch, unless the user measures without it."""
+    if options.no_peer:
+        return None
+    try:
+        from bench import peer
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{error}: install '.[bench]', or measure with --no-peer") from None
+    return peer
