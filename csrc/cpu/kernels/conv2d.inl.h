@@ -116,15 +116,51 @@ void pack_small_pixels(const float* src, int64_t src_step, int64_t pixels, int64
     for (int64_t c = 0; c < channels; ++c) dst[p * kSmallBlock + c] = src[p * src_step + c];
 }
 
+// dst[i * dst_step + j] = src[j * src_step + i] for a square of kLanes: rows i and i + L/2 are zipped, log2(L) times.
+inline void transpose_square(const float* src, int64_t src_step, float* dst, int64_t dst_step) {
+  typedef int Index __attribute__((vector_size(sizeof(Vec))));
+  Index low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i / 2 + (i % 2) * kLanes;
+    high[i] = low[i] + kLanes / 2;
+  }
+  Vec rows[kLanes], zipped[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) rows[i] = load(src + i * src_step);
+#pragma GCC unroll 4
+  for (int stage = 1; stage < kLanes; stage *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      zipped[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
+      zipped[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = zipped[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) store(dst + i * dst_step, rows[i]);
+}
+
+// Rows of the weights are often a multiple of 4 KiB apart, so a loop that takes one element of each in turn would miss
+// L1 every time; squares read each cache line once.
 void pack_weights(const float* src, int64_t out_step, int64_t in_step, int64_t outs, int64_t ins, int64_t width,
                   float* dst) {
-  for (int64_t i = 0; i < ins; ++i, src += in_step, dst += width) {
-    if (out_step == 1)
-      for (int64_t o = 0; o < outs; ++o) dst[o] = src[o];
-    else
-      for (int64_t o = 0; o < outs; ++o) dst[o] = src[o * out_step];
-    for (int64_t o = outs; o < width; ++o) dst[o] = 0.0f;
+  const bool squares = in_step == 1 && out_step != 1;
+  const int64_t square_outs = squares ? outs / kLanes * kLanes : 0, square_ins = squares ? ins / kLanes * kLanes : 0;
+  for (int64_t o = 0; o < square_outs; o += kLanes)
+    for (int64_t i = 0; i < square_ins; i += kLanes)
+      transpose_square(src + o * out_step + i, out_step, dst + i * width + o, width);
+  if (out_step == 1) {
+    for (int64_t i = 0; i < ins; ++i)
+      for (int64_t o = 0; o < outs; ++o) dst[i * width + o] = src[i * in_step + o];
+  } else {
+    for (int64_t o = 0; o < outs; ++o)
+      for (int64_t i = o < square_outs ? square_ins : 0; i < ins; ++i)
+        dst[i * width + o] = src[o * out_step + i * in_step];
   }
+  for (int64_t i = 0; i < ins; ++i)
+    for (int64_t o = outs; o < width; ++o) dst[i * width + o] = 0.0f;
 }
 
 // weight_tile: C channels x V vectors of one tap's weight gradient, summed over a band of pixels.

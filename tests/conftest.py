@@ -1,0 +1,63 @@
+"""Fixtures of all tests: the instruction sets, and settings put back after each test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import pytest
+import torch
+
+import fastconv
+
+Result = TypeVar("Result")
+
+# Every implementation of convolution, in each direction where it has one.
+ALGORITHMS = ["direct", "pointwise", "depthwise", "first_layer", "reference"]
+
+torch.set_num_threads(1)  # the oracle: tiny shapes
+THREADS = fastconv.get_num_threads()
+
+
+@pytest.fixture(params=fastconv.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once for each instruction set of this machine."""
+    previous = fastconv.isa()
+    fastconv._C.set_isa(request.param)
+    yield request.param
+    fastconv._C.set_isa(previous)
+
+
+@pytest.fixture(autouse=True)
+def settings() -> Iterator[None]:
+    """Numbers are checked on one thread, so that a busy machine does not slow thousands of tiny
+    calls; test_determinism.py shows that other numbers of threads give the same bits."""
+    fastconv.set_num_threads(1)
+    yield
+    fastconv.set_num_threads(THREADS)
+    fastconv._C.set_algorithm("")
+
+
+@contextmanager
+def forced(algorithm: str) -> Iterator[None]:
+    """Convolutions run this implementation or raise ValueError; "" lets the library choose."""
+    fastconv._C.set_algorithm(algorithm)
+    try:
+        yield
+    finally:
+        fastconv._C.set_algorithm("")
+
+
+def each_algorithm(call: Callable[[], Result]) -> Iterator[tuple[str, Result]]:
+    """The result of the library's choice, then of every implementation that accepts the call."""
+    yield "chosen", call()
+    for algorithm in ALGORITHMS:
+        with forced(algorithm):
+            try:
+                result = call()
+            except ValueError as error:
+                if "algorithm" not in str(error):
+                    raise
+                continue
+        yield algorithm, result

@@ -1,0 +1,323 @@
+"""Batch normalisation, training and evaluation, with fused residual and activation, against
+float64. Limit for M values a channel: (8 + 0.1 sqrt M) u (1 + |mean| / std)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastconv as fc
+from tests import reference
+from tests.memory import LAYOUTS, as_layout, channels_last, is_channels_last
+from tests.reference import as_tensor, assert_same_bits, assert_within, normal
+
+EPS = 1e-5
+SHAPES = [(4, 19, 5, 6), (2, 64, 7, 7), (33, 7), (2, 1, 3, 3), (2, 130, 1, 1), (1, 3, 9, 70)]
+
+
+class Case:
+    """Inputs and everything that follows from them in float64."""
+
+    def __init__(self, shape, *, offset=0.0, spread=1.0, residual=False, activation=None,
+                 training=True, dtype=np.float32):  # fmt: skip
+        key = (shape, offset, spread)
+        channels = shape[1]
+        self.shape, self.activation, self.training = shape, activation, training
+        raw = normal(*key, shape=shape, dtype=np.float64) * spread + offset
+        self.x = raw.astype(dtype)
+        self.weight = normal(*key, "w", shape=(channels,), dtype=dtype) + dtype(0.5)
+        self.bias = normal(*key, "b", shape=(channels,), dtype=dtype)
+        self.running_mean = normal(*key, "m", shape=(channels,), dtype=dtype)
+        self.running_var = abs(normal(*key, "v", shape=(channels,), dtype=dtype)) + dtype(0.5)
+        self.residual = normal(*key, "r", shape=shape, dtype=dtype) if residual else None
+        self.dy = normal(*key, "dy", shape=shape, dtype=dtype)
+
+    def channel(self, a: np.ndarray) -> np.ndarray:
+        """A vector over channels, shaped to broadcast against x."""
+        return np.asarray(a, np.float64).reshape(1, -1, *[1] * (len(self.shape) - 2))
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        return (0, *range(2, len(self.shape)))
+
+    @property
+    def count(self) -> int:
+        return self.x.size // self.shape[1]
+
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        if not self.training:
+            return self.running_mean.astype(np.float64), self.running_var.astype(np.float64)
+        x = self.x.astype(np.float64)
+        return x.mean(self.axes), x.var(self.axes)
+
+    def limit(self) -> np.ndarray:
+        """Relative error allowed, a channel."""
+        mean, variance = self.statistics()
+        root = np.sqrt(self.count) if self.training else 0.0
+        return (8 + 0.1 * root) * reference.U * (1 + abs(mean) / np.sqrt(variance + EPS))
+
+    def oracle(self) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """y and the inputs (x, weight, bias, residual) it was computed from, in float64."""
+        x, weight, bias = (as_tensor(a, grad=True) for a in (self.x, self.weight, self.bias))
+        residual = None if self.residual is None else as_tensor(self.residual, grad=True)
+        y = F.batch_norm(
+            x, as_tensor(self.running_mean), as_tensor(self.running_var), weight, bias,
+            self.training, 0.1, EPS,
+        )  # fmt: skip
+        if residual is not None:
+            y = y + residual
+        if self.activation is not None:
+            y = reference.ACTIVATIONS[self.activation](y)
+        return y, [x, weight, bias, residual]
+
+
+def check_forward(case: Case, y: np.ndarray) -> None:
+    ref = case.oracle()[0].detach().numpy()
+    mean, variance = case.statistics()
+    normalised = (case.x - case.channel(mean)) / np.sqrt(case.channel(variance) + EPS)
+    scale = abs(case.channel(case.weight)) * (1 + abs(normalised)) + abs(case.channel(case.bias))
+    if case.residual is not None:
+        scale = scale + abs(case.residual)
+    limit = case.channel(case.limit()) * scale
+    if case.activation is not None:
+        limit = limit * reference.FUSED_ACTIVATIONS[case.activation]
+        limit = limit + reference.activation_limit(scale, ref)
+    assert_within(y, ref, limit, "y")
+
+
+def check_backward(case: Case, gradients) -> None:
+    y, leaves = case.oracle()
+    refs = torch.autograd.grad(y, [a for a in leaves if a is not None], as_tensor(case.dy))
+    mean, variance = case.statistics()
+    rstd = case.channel(1 / np.sqrt(variance + EPS))
+    normalised = (case.x - case.channel(mean)) * rstd
+    slope = 1.2  # bounds the derivative of every fused activation used here
+    dy, axes = slope * abs(case.dy), case.axes
+    keep = {"axis": axes, "keepdims": True}
+    dx_scale = dy + case.training * (
+        dy.mean(**keep) + abs(normalised) * (dy * abs(normalised)).mean(**keep)
+    )
+    limit = case.limit()
+    # A smooth activation's derivative is taken where the forward pass put it, errors included.
+    smooth = 3.0 if case.activation in ("silu", "sigmoid", "tanh") else 1.0
+    dx, dweight, dbias, dresidual = gradients
+    scale = abs(case.channel(case.weight)) * rstd * dx_scale * (1 + abs(normalised))
+    assert_within(dx, refs[0].numpy(), smooth * case.channel(limit) * scale, "dx")
+    scale = (dy * (1 + abs(normalised))).sum(axes) * (1 + abs(case.weight) + abs(case.bias))
+    assert_within(dweight, refs[1].numpy(), smooth * limit * scale, "dweight")
+    assert_within(dbias, refs[2].numpy(), smooth * limit * scale, "dbias")
+    if case.residual is not None:
+        dy_scale = abs(case.dy) * (3 + abs(normalised)) * (1 + abs(case.channel(case.weight)))
+        limit = smooth * case.channel(limit) * dy_scale
+        assert_within(dresidual, refs[3].numpy(), limit, "dresidual")
+
+
+def run_train(case: Case, order=np.ascontiguousarray):
+    """(y, gradients) by the functions that a tape uses."""
+    x, dy = order(case.x), order(case.dy)
+    residual = None if case.residual is None else order(case.residual)
+    fused = {"residual": residual, "activation": case.activation}
+    y, mean, rstd = fc.batch_norm_train(
+        x, case.weight, case.bias, None, None, 0.1, EPS, **fused
+    )  # fmt: skip
+    return y, fc.batch_norm_backward(dy, x, case.weight, mean, rstd, bias=case.bias, **fused)
+
+
+def orders(shape):
+    return (np.ascontiguousarray, channels_last) if len(shape) == 4 else (np.ascontiguousarray,)
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "silu"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_training(shape, activation, residual, isa):
+    case = Case(shape, residual=residual, activation=activation)
+    for order in orders(shape):
+        y, gradients = run_train(case, order)
+        check_forward(case, y)
+        check_backward(case, gradients)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu", "hardswish"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_evaluation(shape, activation, residual, isa):
+    case = Case(shape, residual=residual, activation=activation, training=False)
+    statistics = case.running_mean.copy(), case.running_var.copy()
+    for order in orders(shape):
+        given = None if case.residual is None else order(case.residual)
+        fused = {"residual": given, "activation": activation}
+        arguments = case.running_mean, case.running_var, case.weight, case.bias
+        check_forward(case, fc.batch_norm(order(case.x), *arguments, eps=EPS, **fused))
+        if activation == "hardswish":
+            continue
+        mean, rstd = case.running_mean, 1 / np.sqrt(case.running_var + np.float32(EPS))
+        check_backward(
+            case,
+            fc.batch_norm_backward(
+                order(case.dy), order(case.x), case.weight, mean, rstd, bias=case.bias,
+                training=False, **fused,
+            ),
+        )  # fmt: skip
+    assert_same_bits(case.running_mean, statistics[0], "evaluation must not change the statistics")
+    assert_same_bits(case.running_var, statistics[1], "evaluation must not change the statistics")
+
+
+def test_channel_tails(isa):
+    for channels in range(1, 71):
+        case = Case((3, channels, 3, 5), residual=True, activation="relu")
+        y, gradients = run_train(case, channels_last)
+        check_forward(case, y)
+        check_backward(case, gradients)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 30.0, 1e3, 1e4])
+@pytest.mark.parametrize("shape", [(4, 19, 8, 8), (200, 9), (2, 5, 70, 80)], ids=str)
+def test_large_mean(shape, offset, isa):
+    """One-pass E[x^2] - E[x]^2 fails here."""
+    case = Case(shape, offset=offset)
+    y, gradients = run_train(case)
+    check_forward(case, y)
+    check_backward(case, gradients)
+    _, mean, rstd = fc.batch_norm_train(case.x, None, None, None, None, 0.1, EPS)
+    ref_mean, ref_var = case.statistics()
+    assert_within(mean, ref_mean, case.limit() * (abs(ref_mean) + np.sqrt(ref_var)), "mean")
+    ref = 1 / np.sqrt(ref_var + EPS)
+    assert_within(rstd, ref, case.limit() * ref, "rstd")
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 1e4, 1e-20, 1e20])
+def test_constant_channel_becomes_beta(value, isa):
+    x = np.full((4, 19, 6, 6), value, np.float32)
+    bias = normal("beta", shape=(19,))
+    y, mean, rstd = fc.batch_norm_train(x, np.ones(19, "f"), bias, None, None, 0.1, EPS)
+    limit = (8 + 0.1 * 12) * reference.U * (1 + abs(np.float32(value)) / np.sqrt(EPS))
+    assert_within(mean, np.full(19, np.float64(np.float32(value))), 9 * reference.U * abs(value))
+    assert np.isfinite(rstd).all()
+    if value < 1e19:
+        assert_within(y, np.broadcast_to(bias[:, None, None], x.shape), limit)
+    assert np.isfinite(y).all()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0, 1 / 3])
+@pytest.mark.parametrize("shape", [(4, 19, 5, 6), (33, 7)], ids=str)
+def test_running_statistics(shape, momentum, isa):
+    """running_var takes the unbiased variance, M / (M - 1)."""
+    case = Case(shape, offset=2.0)
+    mean, var = case.running_mean.copy(), case.running_var.copy()
+    fc.batch_norm(case.x, mean, var, case.weight, case.bias, True, momentum, EPS)
+    x_mean, x_var = case.statistics()
+    x_var = x_var * case.count / (case.count - 1)
+    for got, old, new in [(mean, case.running_mean, x_mean), (var, case.running_var, x_var)]:
+        ref = (1 - momentum) * old.astype(np.float64) + momentum * new
+        assert_within(got, ref, case.limit() * (abs(old) + abs(new)))
+    if momentum == 0:
+        assert_same_bits(mean, case.running_mean)
+        assert_same_bits(var, case.running_var)
+
+
+def test_training_forms_agree(isa):
+    case = Case((4, 19, 5, 6))
+    y, mean, rstd = fc.batch_norm_train(case.x, case.weight, case.bias, None, None, 0.1, EPS)
+    same = fc.batch_norm(case.x, None, None, case.weight, case.bias, training=True, eps=EPS)
+    assert_same_bits(y, same)
+    assert mean.shape == rstd.shape == (19,) and mean.dtype == rstd.dtype == np.float32
+
+
+@pytest.mark.parametrize("weight", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_without_affine(weight, bias):
+    case = Case((4, 19, 5, 6))
+    if not weight:
+        case.weight[:] = 1
+    if not bias:
+        case.bias[:] = 0
+    given = case.weight if weight else None, case.bias if bias else None
+    y, mean, rstd = fc.batch_norm_train(case.x, *given, None, None, 0.1, EPS)
+    check_forward(case, y)
+    dx = fc.batch_norm_backward(case.dy, case.x, given[0], mean, rstd)[0]
+    right = fc.batch_norm_backward(case.dy, case.x, case.weight, mean, rstd, bias=case.bias)
+    assert_same_bits(dx, right[0])
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 4, 3), (9, 4)], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_float64_by_finite_differences(shape, activation, training):
+    case = Case(shape, residual=True, activation=activation, training=training, dtype=np.float64)
+    statistics = case.running_mean, case.running_var
+
+    def function(x, weight, bias, residual):
+        given = [None, None] if training else [a.copy() for a in statistics]
+        return fc.batch_norm(
+            x, *given, weight, bias, training, eps=EPS, residual=residual, activation=activation
+        )
+
+    if training:
+        _, gradients = run_train(case)
+    else:
+        rstd = 1 / np.sqrt(case.running_var + EPS)
+        gradients = fc.batch_norm_backward(
+            case.dy, case.x, case.weight, case.running_mean, rstd, bias=case.bias,
+            residual=case.residual, activation=activation, training=False,
+        )  # fmt: skip
+    inputs = [case.x, case.weight, case.bias, case.residual]
+    reference.assert_gradient(function, inputs, case.dy, list(gradients))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_do_not_change_a_bit(layout, isa):
+    case = Case((4, 19, 5, 6), residual=True, activation="relu")
+    y, gradients = run_train(case)
+    y2, gradients2 = run_train(case, lambda a: as_layout(a, layout))
+    assert_same_bits(y2, y)
+    for got, right in zip(gradients2, gradients, strict=True):
+        assert_same_bits(got, right)
+    case.residual = case.activation = None
+    evaluated = fc.batch_norm(case.x, case.running_mean, case.running_var)
+    given = as_layout(case.x, layout)
+    assert_same_bits(fc.batch_norm(given, case.running_mean, case.running_var), evaluated)
+
+
+def test_running_statistics_through_strides():
+    """Statistics that are views are updated in place, and nothing beside them."""
+    case = Case((4, 19, 5, 6))
+    dense = case.running_mean.copy(), case.running_var.copy()
+    fc.batch_norm(case.x, *dense, training=True)
+    buffers = [np.full(40, 7, np.float32) for _ in range(2)]
+    views = [b[1:39:2] for b in buffers]
+    views[0][:], views[1][:] = case.running_mean, case.running_var
+    fc.batch_norm(case.x, *views, training=True)
+    for view, right, buffer in zip(views, dense, buffers, strict=True):
+        assert_same_bits(view, right)
+        assert (buffer[::2] == 7).all()
+
+
+def test_layout_of_results_follows_the_input():
+    case = Case((4, 19, 5, 6), residual=True, activation="relu")
+    y, gradients = run_train(case)
+    assert y.flags.c_contiguous and gradients[0].flags.c_contiguous
+    y, gradients = run_train(case, channels_last)
+    assert is_channels_last(y) and is_channels_last(gradients[0])
+
+
+def test_needs_selects_the_gradients():
+    case = Case((4, 19, 5, 6), residual=True, activation="relu")
+    fused = {"residual": case.residual, "activation": "relu"}
+    _, mean, rstd = fc.batch_norm_train(
+        case.x, case.weight, case.bias, None, None, 0.1, EPS, **fused
+    )
+    arguments = case.dy, case.x, case.weight, mean, rstd
+    full = fc.batch_norm_backward(*arguments, bias=case.bias, **fused)
+    for bits in range(16):
+        needs = tuple(bool(bits >> i & 1) for i in range(4))
+        got = fc.batch_norm_backward(*arguments, bias=case.bias, **fused, needs=needs)
+        for wanted, result, right in zip(needs, got, full, strict=True):
+            assert (result is not None) == wanted
+            if wanted:
+                assert_same_bits(result, right)
