@@ -1,4 +1,4 @@
-"""Weight files and training states: every value comes back, other programs can read them, damage is named."""
+"""Weight files and training states: values come back, others can read them, damage is named."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from fastconv import checkpoint
 
 safetensors = pytest.importorskip("safetensors.numpy")
@@ -20,7 +21,10 @@ STATE = {
         "bn.num_batches_tracked": np.array(7, np.int64),
     },
     "optimizer": {
-        "state": {0: {"step": 3, "exp_avg": np.ones(5)}, 1: {"step": 4, "exp_avg": np.zeros((0, 2))}},
+        "state": {
+            0: {"step": 3, "exp_avg": np.ones(5)},
+            1: {"step": 4, "exp_avg": np.zeros((0, 2))},
+        },
         "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "nesterov": True, "params": [0, 1]}],
     },
     "random": (2**64 - 1, 12),
@@ -146,7 +150,9 @@ def test_a_write_that_fails_leaves_the_old_file(
         with pytest.raises(OSError, match="no space left"):
             checkpoint.save_state(path, {"model": {}, "step": 2})
     assert checkpoint.load_state(path)[0]["step"] == 1
-    checkpoint.save_state(path, {"model": {}, "step": 3})  # the left-over temporary is in no one's way
+    checkpoint.save_state(
+        path, {"model": {}, "step": 3}
+    )  # the left-over temporary is in no one's way
     assert checkpoint.load_state(path)[0]["step"] == 3
     assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
 

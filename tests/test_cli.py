@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import fastconv
 import pytest
+
+import fastconv
 from fastconv import cli, train
 
 QUICK = ("--model=lenet5", "--epochs=1", "--batch-size=250")

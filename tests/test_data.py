@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from fastconv import data
 from fastconv.data import DataLoader, Dataset
-from numpy.typing import NDArray
 
 CLASSES = tuple("0123456789")
 
@@ -126,11 +127,11 @@ def test_mnist_idx_refuses_malformed_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="0x00000d03, expected 0x00000803"):
         data.mnist_idx(tmp_path)
     write_idx(images, images_of(6, 28, 28))
-    with pytest.raises(ValueError, match="6 images.*5 labels"):
+    with pytest.raises(ValueError, match=r"6 images.*5 labels"):
         data.mnist_idx(tmp_path)
     write_idx(images, images_of(5, 28, 28))
     write_idx(labels, np.array([0, 1, 10, 3, 4], np.uint8))
-    with pytest.raises(ValueError, match="train-labels.*label 10 in record 2, expected 0 to 9"):
+    with pytest.raises(ValueError, match=r"train-labels.*label 10 in record 2, expected 0 to 9"):
         data.mnist_idx(tmp_path)
 
 
@@ -201,7 +202,9 @@ def test_cifar_refuses_malformed_files(tmp_path: Path) -> None:
     path = tmp_path / "test_batch.bin"
     write_cifar(path, [labels_of(3)], images_of(3, 32, 32, 3))
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"test_batch\.bin: 9218 bytes, expected a multiple of 3073"):
+    with pytest.raises(
+        ValueError, match=r"test_batch\.bin: 9218 bytes, expected a multiple of 3073"
+    ):
         data.cifar10(tmp_path, "test")
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="0 bytes"):
@@ -211,7 +214,7 @@ def test_cifar_refuses_malformed_files(tmp_path: Path) -> None:
         data.cifar10(tmp_path, "test")
     write_cifar(tmp_path / "train.bin", [labels_of(3), labels_of(3)], images_of(3, 32, 32, 3))
     (tmp_path / "fine_label_names.txt").write_text("apple\nbear\n")
-    with pytest.raises(ValueError, match=r"fine_label_names\.txt: 2 names of classes, expected 100"):
+    with pytest.raises(ValueError, match=r"fine_label_names\.txt: 2 names .* expected 100"):
         data.cifar100(tmp_path)
 
 
@@ -285,7 +288,7 @@ def collect(loader: DataLoader, epoch: int = 0, start: int = 0) -> list[tuple[by
 
 def augmented(dataset: Dataset, **options: object) -> DataLoader:
     settings = {"shuffle": True, "seed": 3, "crop_padding": 2, "flip": True, **options}
-    return DataLoader(dataset, 8, mean=[0.5] * 3, std=[0.25] * 3, **settings)  # type: ignore[arg-type]
+    return DataLoader(dataset, 8, mean=[0.5] * 3, std=[0.25] * 3, **settings)
 
 
 def test_batches_are_normalised_and_channels_last() -> None:
@@ -410,7 +413,7 @@ def test_prefetch_is_bounded() -> None:
     loader = DataLoader(dataset_of(40, 2, 2), 4, prefetch=3)
     made: list[int] = []
     make = loader._batch
-    loader._batch = lambda order, epoch, k: made.append(k) or make(order, epoch, k)  # type: ignore[method-assign, func-returns-value]
+    loader._batch = lambda order, epoch, k: made.append(k) or make(order, epoch, k)
     batches = loader.batches(0)
     next(batches)
     time.sleep(0.05)
@@ -428,7 +431,7 @@ def test_errors_of_the_thread_reach_the_caller() -> None:
             raise OSError("disk on fire")
         return make(order, epoch, k)
 
-    loader._batch = failing  # type: ignore[method-assign]
+    loader._batch = failing
     seen = 0
     with pytest.raises(OSError, match="disk on fire"):
         for _ in loader:
@@ -449,4 +452,4 @@ def test_errors_of_the_thread_reach_the_caller() -> None:
 )
 def test_loader_refuses(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DataLoader(dataset_of(10, 2, 2, 3), **options)  # type: ignore[arg-type]
+        DataLoader(dataset_of(10, 2, 2, 3), **options)

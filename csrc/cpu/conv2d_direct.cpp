@@ -86,15 +86,20 @@ PackedWeights pack_weights(const DirectProblem& d, const Panels& panels) {
     const int64_t g = i / panels.count(), panel = i % panels.count(), width = panels.width(panel);
     float* dst = packed.storage.as<float>() + i * packed.panel_floats;
     const float* src = d.w.data + g * d.w.group + panel * panels.tile_k * d.w.out;
-    for (int64_t c = 0; c < ins; c += d.block) {
-      const int64_t channels = std::min(d.block, ins - c);
-      for (const auto& row : d.rows.taps)
-        for (const auto& column : d.columns.taps) {
-          k.pack_weights(src + c * d.w.in + row.index * d.w.row + column.index * d.w.column, d.w.out, d.w.in,
-                         panels.channels(panel), channels, width, dst);
-          dst += channels * width;
-        }
-    }
+    const auto pack = [&](int64_t c, int64_t tap) {
+      const int64_t channels = std::min(d.block, ins - c), columns = d.columns.taps.size();
+      k.pack_weights(src + c * d.w.in + d.rows.taps[tap / columns].index * d.w.row +
+                         d.columns.taps[tap % columns].index * d.w.column,
+                     d.w.out, d.w.in, panels.channels(panel), channels, width,
+                     dst + (c * taps + tap * channels) * width);
+    };
+    // The order in which the weights lie in memory.
+    if (d.w.in < d.w.column)
+      for (int64_t tap = 0; tap < taps; ++tap)
+        for (int64_t c = 0; c < ins; c += d.block) pack(c, tap);
+    else
+      for (int64_t c = 0; c < ins; c += d.block)
+        for (int64_t tap = 0; tap < taps; ++tap) pack(c, tap);
   });
   return packed;
 }
@@ -186,8 +191,44 @@ void run(const DirectProblem& d) {
 namespace {
 
 // Pixels of a band of the weight gradient: enough to repay loading and storing the accumulators, few enough that a
-// channel block of x and a slice of dy stay in L1.
-constexpr int64_t kGradientPixels = 192;
+// channel block of x and a slice of dy stay in or near L1.
+constexpr int64_t kGradientPixels = 256;
+// Chunks wanted of the weight gradient: each beyond the number of panels costs a partial sum of the size of dw.
+constexpr int64_t kGradientChunks = 16;
+
+// Adds one band's share of dw for one panel of channels: acc [channel block][tap][channel][width].
+void add_band(const WeightGradientProblem& d, const Band& band, const BandRange& range, const Panels& panels, int64_t g,
+              int64_t panel, float* dy, float* acc) {
+  const auto& k = kernels().conv2d;
+  const int64_t row_taps = d.rows.taps.size(), column_taps = d.columns.taps.size(), taps = row_taps * column_taps;
+  const int64_t dy_pixel = d.groups * d.outs, rows = d.rows.outputs, columns = d.columns.outputs;
+  WeightTile t{};
+  t.columns = range.x1 - range.x0;
+  t.rows = (range.n1 - range.n0) * (range.y1 - range.y0);
+  t.width = panels.width(panel);
+  t.dy = dy;
+  for (int64_t n = range.n0; n < range.n1; ++n)
+    for (int64_t y = range.y0; y < range.y1; ++y, dy += t.columns * t.width)
+      k.pack_slice(d.dy + ((n * rows + y) * columns + range.x0) * dy_pixel + g * d.outs + panel * panels.tile_k,
+                   dy_pixel, t.columns, panels.channels(panel), t.width, dy);
+  std::vector<int64_t> offsets(t.rows);
+  t.row_offsets = offsets.data();
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const int64_t r = tap / column_taps, s = tap % column_taps;
+    int64_t at = 0;
+    for (int64_t n = range.n0; n < range.n1; ++n)
+      for (int64_t y = range.y0; y < range.y1; ++y) {
+        const int64_t offset = band.offset(r, s, n, y, range.x0);
+        offsets[at++] = offset >= 0 ? offset : band.zero_offset(s, range.x0);
+      }
+    for (int64_t c = 0; c < band.blocks(); ++c) {
+      t.x = band.data() + c * band.block_stride();
+      t.channels = std::min(kBlock, d.source.channels - c * kBlock);
+      t.acc = acc + (c * taps + tap) * kBlock * t.width;
+      k.weight_tile(t);
+    }
+  }
+}
 
 }  // namespace
 
@@ -213,10 +254,13 @@ void run(const WeightGradientProblem& d) {
     b.image_bands = ceil_divide(d.images, b.images);
   }
 
-  // A chunk owns one panel of one group over one part of the bands; the parts are summed in order at the end.
+  // A chunk owns some panels of one group over one part of the bands; the parts are summed in order at the end. With many
+  // taps a packed band is worth one panel, with one tap it takes several to repay the packing.
   const int64_t slots = d.groups * panels.count();
   const int64_t slot_floats = shape.blocks() * taps * kBlock * panels.tile_k;
-  const int64_t parts = std::clamp<int64_t>(ceil_divide(kMinChunks, slots), 1, std::min<int64_t>(b.bands(), 16));
+  const int64_t panel_parts = ceil_divide(panels.count(), taps >= 4 ? 1 : 4);
+  const int64_t parts =
+      std::clamp<int64_t>(ceil_divide(kGradientChunks, d.groups * panel_parts), 1, std::min<int64_t>(b.bands(), 16));
   Buffer sums(parts * slots * slot_floats * sizeof(float));
 
   const int64_t pixels = b.images * b.rows * b.columns;
@@ -226,49 +270,21 @@ void run(const WeightGradientProblem& d) {
   Buffer scratch(threads * scratch_floats * sizeof(float));
 
   parallel_for(
-      parts * slots,
+      parts * d.groups * panel_parts,
       [&](int64_t i, int thread) {
-        const int64_t slot = i % slots, part = i / slots, g = slot / panels.count(), panel = slot % panels.count();
-        const int64_t width = panels.width(panel), channels = panels.channels(panel);
-        const int64_t dy_pixel = d.groups * d.outs;
-        float* acc = sums.as<float>() + i * slot_floats;
-        std::memset(acc, 0, slot_floats * sizeof(float));
+        const int64_t panel_part = i % panel_parts, g = i / panel_parts % d.groups, part = i / panel_parts / d.groups;
+        const Range mine = split(panels.count(), panel_parts, panel_part), my_bands = split(b.bands(), parts, part);
+        float* acc = sums.as<float>() + (part * slots + g * panels.count()) * slot_floats;
+        std::memset(acc + mine.begin * slot_floats, 0, (mine.end - mine.begin) * slot_floats * sizeof(float));
         float* packed = scratch.as<float>() + thread * scratch_floats;
-        float* dy = packed + band_floats;
         SourceImage source = d.source;
         source.first_channel += g * d.source.channels;
         Band band(source, d.rows, d.columns, kBlock);
-        std::vector<int64_t> offsets(b.images * b.rows);
-
-        const Range mine = split(b.bands(), parts, part);
-        for (int64_t j = mine.begin; j < mine.end; ++j) {
+        for (int64_t j = my_bands.begin; j < my_bands.end; ++j) {
           const BandRange range = band_range(b, j, d.images, rows, columns);
           band.pack(packed, range.n0, range.n1, range.y0, range.y1, range.x0, range.x1);
-          WeightTile t{};
-          t.columns = range.x1 - range.x0;
-          t.rows = (range.n1 - range.n0) * (range.y1 - range.y0);
-          t.row_offsets = offsets.data();
-          t.dy = dy;
-          t.width = width;
-          float* to = dy;
-          for (int64_t n = range.n0; n < range.n1; ++n)
-            for (int64_t y = range.y0; y < range.y1; ++y, to += t.columns * width)
-              k.pack_slice(d.dy + ((n * rows + y) * columns + range.x0) * dy_pixel + g * d.outs + panel * panels.tile_k,
-                           dy_pixel, t.columns, channels, width, to);
-          for (int64_t tap = 0; tap < taps; ++tap) {
-            int64_t at = 0;
-            for (int64_t n = range.n0; n < range.n1; ++n)
-              for (int64_t y = range.y0; y < range.y1; ++y) {
-                const int64_t offset = band.offset(tap / column_taps, tap % column_taps, n, y, range.x0);
-                offsets[at++] = offset >= 0 ? offset : band.zero_offset(tap % column_taps, range.x0);
-              }
-            for (int64_t c = 0; c < band.blocks(); ++c) {
-              t.x = band.data() + c * band.block_stride();
-              t.channels = std::min(kBlock, d.source.channels - c * kBlock);
-              t.acc = acc + (c * taps + tap) * kBlock * width;
-              k.weight_tile(t);
-            }
-          }
+          for (int64_t panel = mine.begin; panel < mine.end; ++panel)
+            add_band(d, band, range, panels, g, panel, packed + band_floats, acc + panel * slot_floats);
         }
       },
       threads);
@@ -284,13 +300,12 @@ void run(const WeightGradientProblem& d) {
       const float* more = total + part * slots * slot_floats;
       for (int64_t j = 0; j < floats; ++j) total[j] += more[j];
     }
-    for (int64_t o = 0; o < panels.channels(panel); ++o)
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        float* out = dw + g * d.dw.group + (panel * panels.tile_k + o) * d.dw.out + c0 * d.dw.in +
-                     d.rows.taps[tap / column_taps].index * d.dw.row +
-                     d.columns.taps[tap % column_taps].index * d.dw.column;
-        for (int64_t c = 0; c < channels; ++c) out[c * d.dw.in] = total[(tap * kBlock + c) * width + o];
-      }
+    for (int64_t tap = 0; tap < taps; ++tap)
+      k.unpack_weights(total + tap * kBlock * width, width, panels.channels(panel), channels,
+                       dw + g * d.dw.group + panel * panels.tile_k * d.dw.out + c0 * d.dw.in +
+                           d.rows.taps[tap / column_taps].index * d.dw.row +
+                           d.columns.taps[tap % column_taps].index * d.dw.column,
+                       d.dw.out, d.dw.in);
   });
 }
 

@@ -18,9 +18,10 @@ window is the smallest that holds both.
 
 Limits. Functions that are no layers change the window only where that can be told from the shapes:
 what reduces a plane to 1 x 1 sees all of it, everything else that changes the size of a plane (a
-functional max_pool2d, say) has an unknown window, and so has all that follows. Multiply-adds are
-those of convolutions and linear layers; a layer that is called twice counts twice, its parameters
-once.
+functional max_pool2d, say) has an unknown window, and so has all that follows. Where something that
+sees the whole plane flows back into one (squeeze and excitation), the window given is that of the
+first output. Multiply-adds are those of convolutions and linear layers; a layer that is called
+twice counts twice, its parameters once.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+
 from fastconv import nn
 from fastconv.tensor import Tensor
 

@@ -115,6 +115,9 @@ struct Conv2dKernels {
   // outs <= o < width
   void (*pack_weights)(const float* src, int64_t out_step, int64_t in_step, int64_t outs, int64_t ins, int64_t width,
                        float* dst);
+  // The way back: dst[o * out_step + i * in_step] = src[i * width + o]
+  void (*unpack_weights)(const float* src, int64_t width, int64_t outs, int64_t ins, float* dst, int64_t out_step,
+                         int64_t in_step);
   void (*weight_tile)(const WeightTile&);
   void (*first_layer_weight_tile)(const FirstLayerWeightTile&);
   void (*depthwise_row)(const DepthwiseRow&);

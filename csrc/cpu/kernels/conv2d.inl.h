@@ -63,6 +63,7 @@ void direct_tile(const DirectTile& t) {
   }
 
   const Vec low = set1(t.low), high = set1(t.high);
+  const bool plain = !t.bias && !t.residual && t.low == -__builtin_inff() && t.high == __builtin_inff();
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
     const int64_t n = t.channels - v * kLanes;
@@ -74,9 +75,12 @@ void direct_tile(const DirectTile& t) {
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) {
         const int64_t at = r * t.row_stride + p * t.pixel_stride + v * kLanes;
-        Vec sum = add(acc[r * P + p][v], bias);
-        if (t.residual) sum = add(sum, full ? load(t.residual + at) : load_first(t.residual + at, n));
-        sum = clamp(sum, low, high);
+        Vec sum = acc[r * P + p][v];
+        if (!plain) {
+          sum = add(sum, bias);
+          if (t.residual) sum = add(sum, full ? load(t.residual + at) : load_first(t.residual + at, n));
+          sum = clamp(sum, low, high);
+        }
         if (!full)
           store_first(t.y + at, sum, n);
         else if (t.streaming)
@@ -161,6 +165,18 @@ void pack_weights(const float* src, int64_t out_step, int64_t in_step, int64_t o
   }
   for (int64_t i = 0; i < ins; ++i)
     for (int64_t o = outs; o < width; ++o) dst[i * width + o] = 0.0f;
+}
+
+void unpack_weights(const float* src, int64_t width, int64_t outs, int64_t ins, float* dst, int64_t out_step,
+                    int64_t in_step) {
+  const bool squares = in_step == 1;
+  const int64_t square_outs = squares ? outs / kLanes * kLanes : 0, square_ins = squares ? ins / kLanes * kLanes : 0;
+  for (int64_t o = 0; o < square_outs; o += kLanes)
+    for (int64_t i = 0; i < square_ins; i += kLanes)
+      transpose_square(src + i * width + o, width, dst + o * out_step + i, out_step);
+  for (int64_t o = 0; o < outs; ++o)
+    for (int64_t i = o < square_outs ? square_ins : 0; i < ins; ++i)
+      dst[o * out_step + i * in_step] = src[i * width + o];
 }
 
 // weight_tile: C channels x V vectors of one tap's weight gradient, summed over a band of pixels.

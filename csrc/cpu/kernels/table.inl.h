@@ -19,6 +19,7 @@ constexpr Conv2dKernels conv2d_kernels() {
       pack_small_pixels,
       pack_slice,
       pack_weights,
+      unpack_weights,
       weight_tile,
       first_layer_weight_tile,
       depthwise_row,
