@@ -3,14 +3,29 @@
 #pragma once
 
 #include "cpu/kernels/conv2d.h"
-#include "cpu/kernels/roofline.h"
+#include "cpu/kernels/pool2d.h"
 
 namespace fastconv::cpu {
+
+// A family of kernels for both floating-point types.
+template <template <class> class Kernels>
+struct Typed {
+  Kernels<float> f32;
+  Kernels<double> f64;
+
+  template <class T>
+  const Kernels<T>& of() const {
+    if constexpr (sizeof(T) == sizeof(float))
+      return f32;
+    else
+      return f64;
+  }
+};
 
 struct KernelTable {
   const char* isa;
   Conv2dKernels conv2d;
-  RooflineKernels roofline;
+  Typed<Pool2dKernels> pool2d;
 };
 
 }  // namespace fastconv::cpu

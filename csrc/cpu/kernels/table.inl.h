@@ -3,7 +3,7 @@
 
 #include "cpu/kernels/conv2d.inl.h"
 #include "cpu/kernels/depthwise.inl.h"
-#include "cpu/kernels/roofline.inl.h"
+#include "cpu/kernels/pool2d.inl.h"
 #include "cpu/kernels/table.h"
 
 namespace fastconv::cpu {
@@ -27,7 +27,13 @@ constexpr Conv2dKernels conv2d_kernels() {
   };
 }
 
-constexpr KernelTable kernel_table() { return {FC_ISA_NAME, conv2d_kernels(), roofline_kernels()}; }
+constexpr KernelTable kernel_table() {
+  return {
+      FC_ISA_NAME,
+      conv2d_kernels(),
+      {pool2d_kernels<float>(), pool2d_kernels<double>()},
+  };
+}
 
 }  // namespace
 }  // namespace fastconv::cpu

@@ -1,0 +1,131 @@
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "bindings/convert.h"
+#include "core/check.h"
+#include "cpu/pool2d.h"
+
+namespace fastconv::bindings {
+namespace {
+
+using MaybeArray = std::optional<py::array>;
+
+std::tuple<py::array, MaybeArray> max_pool2d(const py::array& x_in, Pair kernel, Pair stride, Pair padding,
+                                             Pair dilation, bool ceil_mode, bool return_indices) {
+  const TensorView x_view = view(x_in, "input");
+  const Pool2dProblem problem =
+      make_max_pool2d(x_view.dtype, shape4(x_view, "input"), kernel, stride, padding, dilation, ceil_mode);
+  const ChannelsLast x(x_in, "input");
+  Output y(problem.dtype, problem.y_shape(), x.layout());
+  std::optional<Output> indices;
+  if (return_indices) indices.emplace(DType::kInt64, problem.y_shape(), x.layout());
+  {
+    py::gil_scoped_release nogil;
+    cpu::max_pool2d(problem, x.data(), y.data(), indices ? static_cast<int64_t*>(indices->data()) : nullptr);
+  }
+  MaybeArray where;
+  if (indices) where = indices->finish();
+  return {y.finish(), where};
+}
+
+py::array max_pool2d_backward(const py::array& dy_in, const py::array& x_in, Pair kernel, Pair stride, Pair padding,
+                              Pair dilation, bool ceil_mode, const MaybeArray& indices_in) {
+  const TensorView x_view = view(x_in, "input"), dy_view = view(dy_in, "dy");
+  const Pool2dProblem problem =
+      make_max_pool2d(x_view.dtype, shape4(x_view, "input"), kernel, stride, padding, dilation, ceil_mode);
+  check_dtype("dy", dy_view, problem.dtype);
+  check_shape4("dy", dy_view, problem.y_shape());
+  std::optional<ChannelsLast> indices, x;
+  if (indices_in) {
+    const TensorView v = view(*indices_in, "indices");
+    check_dtype("indices", v, DType::kInt64);
+    check_shape4("indices", v, problem.y_shape());
+    indices.emplace(*indices_in, "indices");
+  } else {
+    x.emplace(x_in, "input");
+  }
+  const ChannelsLast dy(dy_in, "dy");
+  Output dx(problem.dtype, problem.x_shape(), layout_of(x_view));
+  {
+    py::gil_scoped_release nogil;
+    if (indices)
+      cpu::max_pool2d_backward_indices(problem, dy.data(), static_cast<const int64_t*>(indices->data()), dx.data());
+    else
+      cpu::max_pool2d_backward(problem, dy.data(), x->data(), dx.data());
+  }
+  return dx.finish();
+}
+
+py::array average(const Pool2dProblem& problem, const py::array& x_in) {
+  const ChannelsLast x(x_in, "input");
+  Output y(problem.dtype, problem.y_shape(), x.layout());
+  {
+    py::gil_scoped_release nogil;
+    cpu::avg_pool2d(problem, x.data(), y.data());
+  }
+  return y.finish();
+}
+
+// x gives the shape and the layout only.
+py::array average_backward(const Pool2dProblem& problem, const py::array& dy_in, const TensorView& x) {
+  const TensorView dy_view = view(dy_in, "dy");
+  check_dtype("dy", dy_view, problem.dtype);
+  check_shape4("dy", dy_view, problem.y_shape());
+  const ChannelsLast dy(dy_in, "dy");
+  Output dx(problem.dtype, problem.x_shape(), layout_of(x));
+  {
+    py::gil_scoped_release nogil;
+    cpu::avg_pool2d_backward(problem, dy.data(), dx.data());
+  }
+  return dx.finish();
+}
+
+Pool2dProblem sliding_average(const TensorView& x, Pair kernel, Pair stride, Pair padding, bool ceil_mode,
+                              bool count_include_pad, std::optional<int64_t> divisor_override) {
+  return make_avg_pool2d(x.dtype, shape4(x, "input"), kernel, stride, padding, ceil_mode, count_include_pad,
+                         divisor_override);
+}
+
+py::array avg_pool2d(const py::array& x, Pair kernel, Pair stride, Pair padding, bool ceil_mode,
+                     bool count_include_pad, std::optional<int64_t> divisor_override) {
+  return average(sliding_average(view(x, "input"), kernel, stride, padding, ceil_mode, count_include_pad,
+                                 divisor_override), x);
+}
+
+py::array avg_pool2d_backward(const py::array& dy, const py::array& x, Pair kernel, Pair stride, Pair padding,
+                              bool ceil_mode, bool count_include_pad, std::optional<int64_t> divisor_override) {
+  const TensorView x_view = view(x, "input");
+  return average_backward(sliding_average(x_view, kernel, stride, padding, ceil_mode, count_include_pad,
+                                          divisor_override), dy, x_view);
+}
+
+py::array adaptive_avg_pool2d(const py::array& x, Pair output) {
+  const TensorView x_view = view(x, "input");
+  return average(make_adaptive_avg_pool2d(x_view.dtype, shape4(x_view, "input"), output), x);
+}
+
+// The output size is that of dy.
+py::array adaptive_avg_pool2d_backward(const py::array& dy, const py::array& x) {
+  const TensorView x_view = view(x, "input");
+  const Shape y = shape4(view(dy, "dy"), "dy");
+  return average_backward(make_adaptive_avg_pool2d(x_view.dtype, shape4(x_view, "input"), {y[2], y[3]}), dy, x_view);
+}
+
+}  // namespace
+
+void bind_pool2d(py::module_& m) {
+  using namespace py::literals;
+  m.def("max_pool2d", &max_pool2d, "x"_a, "kernel_size"_a, "stride"_a, "padding"_a, "dilation"_a, "ceil_mode"_a,
+        "return_indices"_a);
+  m.def("max_pool2d_backward", &max_pool2d_backward, "dy"_a, "x"_a, "kernel_size"_a, "stride"_a, "padding"_a,
+        "dilation"_a, "ceil_mode"_a, "indices"_a);
+  m.def("avg_pool2d", &avg_pool2d, "x"_a, "kernel_size"_a, "stride"_a, "padding"_a, "ceil_mode"_a,
+        "count_include_pad"_a, "divisor_override"_a);
+  m.def("avg_pool2d_backward", &avg_pool2d_backward, "dy"_a, "x"_a, "kernel_size"_a, "stride"_a, "padding"_a,
+        "ceil_mode"_a, "count_include_pad"_a, "divisor_override"_a);
+  m.def("adaptive_avg_pool2d", &adaptive_avg_pool2d, "x"_a, "output_size"_a);
+  m.def("adaptive_avg_pool2d_backward", &adaptive_avg_pool2d_backward, "dy"_a, "x"_a);
+}
+
+}  // namespace fastconv::bindings

@@ -1,0 +1,157 @@
+// Pooling, vectorised over channels; all elements of a window are visited with the result in registers.
+// Bound: memory, each of x and y is touched once.
+#pragma once
+
+#include "cpu/kernels/lanes.h"
+#include "cpu/kernels/pool2d.h"
+
+namespace fastconv::cpu {
+namespace {
+
+template <class T>
+constexpr T kMinusInfinity = -static_cast<T>(__builtin_inff());
+
+// body(r, s, offset of the element) for the elements of a window in row-major order
+template <class T, class Body>
+__attribute__((always_inline)) inline void for_window(const PoolRow<T>& t, const PoolWindow& window, Body&& body) {
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const int64_t row = window.offset + r * t.row_step;
+    for (int64_t s = 0; s < window.columns; ++s) body(r, s, row + s * t.column_step);
+  }
+}
+
+template <class T>
+void max_row(const PoolRow<T>& t) {
+  using V = typename Lanes<T>::V;
+  for (int64_t q = 0; q < t.outputs; ++q)
+    for_lanes<T>(t.channels, [&](auto tail, int64_t c, int64_t n) {
+      V best = set1(kMinusInfinity<T>);
+      for_window(t, t.windows[q], [&](int64_t, int64_t, int64_t at) {
+        const V a = load_lanes<tail.value>(t.x + at + c, n);
+        best = a > best ? a : best;
+        best = a == a ? best : a;
+      });
+      store_lanes<tail.value>(t.y + q * t.pixel + c, best, n);
+    });
+}
+
+template <class T>
+void max_row_index(const PoolRow<T>& t, int64_t plane, int64_t* index) {
+  using V = typename Lanes<T>::V;
+  using I = typename Lanes<T>::I;
+  using Int = typename Lanes<T>::Int;
+  const int64_t row_pixels = t.row_step / t.pixel, column_pixels = t.column_step / t.pixel;
+  for (int64_t q = 0; q < t.outputs; ++q)
+    for_lanes<T>(t.channels, [&](auto tail, int64_t c, int64_t n) {
+      V best = set1(kMinusInfinity<T>);
+      I row{}, column{};
+      for_window(t, t.windows[q], [&](int64_t r, int64_t s, int64_t at) {
+        const V a = load_lanes<tail.value>(t.x + at + c, n);
+        const I here_row = I{} + static_cast<Int>(r), here_column = I{} + static_cast<Int>(s);
+        const I greater = a > best, number = a == a;
+        row = greater ? here_row : row;
+        column = greater ? here_column : column;
+        best = greater ? a : best;
+        row = number ? row : here_row;
+        column = number ? column : here_column;
+        best = number ? best : a;
+      });
+      store_lanes<tail.value>(t.y + q * t.pixel + c, best, n);
+      const int64_t first = plane + t.windows[q].offset / t.pixel;
+      for (int64_t i = 0; i < n; ++i)
+        index[q * t.pixel + c + i] = first + row[i] * row_pixels + column[i] * column_pixels;
+    });
+}
+
+template <class T, bool ACCUMULATE>
+void max_row_backward_as(const PoolRow<T>& t) {
+  using V = typename Lanes<T>::V;
+  using I = typename Lanes<T>::I;
+  using Int = typename Lanes<T>::Int;
+  for (int64_t q = 0; q < t.outputs; ++q)
+    for_lanes<T>(t.channels, [&](auto tail, int64_t c, int64_t n) {
+      const PoolWindow& window = t.windows[q];
+      V best = set1(kMinusInfinity<T>);
+      I winner{};
+      for_window(t, window, [&](int64_t r, int64_t s, int64_t at) {
+        const V a = load_lanes<tail.value>(t.x + at + c, n);
+        const I here = I{} + static_cast<Int>(r * window.columns + s);
+        const I greater = a > best, number = a == a;
+        winner = greater ? here : winner;
+        best = greater ? a : best;
+        winner = number ? winner : here;
+        best = number ? best : a;
+      });
+      const V dy = load_lanes<tail.value>(t.y + q * t.pixel + c, n);
+      for_window(t, window, [&](int64_t r, int64_t s, int64_t at) {
+        const I here = I{} + static_cast<Int>(r * window.columns + s);
+        V g = winner == here ? dy : V{};
+        if constexpr (ACCUMULATE) g = g + load_lanes<tail.value>(t.dx + at + c, n);
+        store_lanes<tail.value>(t.dx + at + c, g, n);
+      });
+    });
+}
+
+template <class T>
+void max_row_backward(const PoolRow<T>& t) {
+  if (t.accumulate) return max_row_backward_as<T, true>(t);
+  return max_row_backward_as<T, false>(t);
+}
+
+template <class T>
+T divisor_of(const PoolRow<T>& t, const PoolWindow& window) {
+  return t.divisor != 0 ? t.divisor : static_cast<T>(t.row_extent * window.extent);
+}
+
+// Sums each row of the window before adding it: the error of a sum over an image grows with its side, not its area.
+template <class T>
+void average_row(const PoolRow<T>& t) {
+  using V = typename Lanes<T>::V;
+  for (int64_t q = 0; q < t.outputs; ++q) {
+    const PoolWindow& window = t.windows[q];
+    const bool empty = t.rows == 0 || window.columns == 0;
+    const V divisor = set1(empty ? T{1} : divisor_of(t, window));
+    for_lanes<T>(t.channels, [&](auto tail, int64_t c, int64_t n) {
+      V sum{};
+      for (int64_t r = 0; r < t.rows; ++r) {
+        const T* x = t.x + window.offset + r * t.row_step + c;
+        V row{};
+        for (int64_t s = 0; s < window.columns; ++s) row = row + load_lanes<tail.value>(x + s * t.column_step, n);
+        sum = sum + row;
+      }
+      store_lanes<tail.value>(t.y + q * t.pixel + c, sum / divisor, n);
+    });
+  }
+}
+
+template <class T, bool ACCUMULATE>
+void average_row_backward_as(const PoolRow<T>& t) {
+  using V = typename Lanes<T>::V;
+  for (int64_t q = 0; q < t.outputs; ++q) {
+    const PoolWindow& window = t.windows[q];
+    if (t.rows == 0 || window.columns == 0) continue;
+    const V divisor = set1(divisor_of(t, window));
+    for_lanes<T>(t.channels, [&](auto tail, int64_t c, int64_t n) {
+      const V share = load_lanes<tail.value>(t.y + q * t.pixel + c, n) / divisor;
+      for_window(t, window, [&](int64_t, int64_t, int64_t at) {
+        V g = share;
+        if constexpr (ACCUMULATE) g = g + load_lanes<tail.value>(t.dx + at + c, n);
+        store_lanes<tail.value>(t.dx + at + c, g, n);
+      });
+    });
+  }
+}
+
+template <class T>
+void average_row_backward(const PoolRow<T>& t) {
+  if (t.accumulate) return average_row_backward_as<T, true>(t);
+  return average_row_backward_as<T, false>(t);
+}
+
+template <class T>
+constexpr Pool2dKernels<T> pool2d_kernels() {
+  return {max_row<T>, max_row_index<T>, max_row_backward<T>, average_row<T>, average_row_backward<T>};
+}
+
+}  // namespace
+}  // namespace fastconv::cpu

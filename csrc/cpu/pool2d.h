@@ -1,0 +1,16 @@
+// Pooling on the CPU. Activations are dense channels-last [n][h][w][c]; indices int64 in the same layout as y.
+#pragma once
+
+#include "core/pool_problem.h"
+
+namespace fastconv::cpu {
+
+void max_pool2d(const Pool2dProblem&, const void* x, void* y, int64_t* indices);  // indices may be null
+// The maxima are found again in x.
+void max_pool2d_backward(const Pool2dProblem&, const void* dy, const void* x, void* dx);
+// ValueError if an index lies outside the plane; nothing is written then.
+void max_pool2d_backward_indices(const Pool2dProblem&, const void* dy, const int64_t* indices, void* dx);
+void avg_pool2d(const Pool2dProblem&, const void* x, void* y);
+void avg_pool2d_backward(const Pool2dProblem&, const void* dy, void* dx);
+
+}  // namespace fastconv::cpu
