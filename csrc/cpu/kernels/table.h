@@ -2,7 +2,9 @@
 // function compiled for AVX-512 could be the copy that the linker keeps for everybody.
 #pragma once
 
+#include "cpu/kernels/batch_norm.h"
 #include "cpu/kernels/conv2d.h"
+#include "cpu/kernels/elementwise.h"
 #include "cpu/kernels/pool2d.h"
 
 namespace fastconv::cpu {
@@ -26,6 +28,8 @@ struct KernelTable {
   const char* isa;
   Conv2dKernels conv2d;
   Typed<Pool2dKernels> pool2d;
+  Typed<BatchNormKernels> batch_norm;
+  Typed<ElementwiseKernels> elementwise;
 };
 
 }  // namespace fastconv::cpu

@@ -1,8 +1,10 @@
 // Gathers the kernels of one ISA. Included after its simd_<isa>.h by isa_<isa>.cpp alone.
 #pragma once
 
+#include "cpu/kernels/batch_norm.inl.h"
 #include "cpu/kernels/conv2d.inl.h"
 #include "cpu/kernels/depthwise.inl.h"
+#include "cpu/kernels/elementwise.inl.h"
 #include "cpu/kernels/pool2d.inl.h"
 #include "cpu/kernels/table.h"
 
@@ -32,6 +34,8 @@ constexpr KernelTable kernel_table() {
       FC_ISA_NAME,
       conv2d_kernels(),
       {pool2d_kernels<float>(), pool2d_kernels<double>()},
+      {batch_norm_kernels<float>(), batch_norm_kernels<double>()},
+      {elementwise_kernels<float>(), elementwise_kernels<double>()},
   };
 }
 

@@ -1,6 +1,31 @@
 """Operations on arrays, each with its backward as a function of its own, for people who bring their own autograd."""
 
+from .activation import (
+    add,
+    elu,
+    elu_backward,
+    gelu,
+    gelu_backward,
+    hardsigmoid,
+    hardsigmoid_backward,
+    hardswish,
+    hardswish_backward,
+    leaky_relu,
+    leaky_relu_backward,
+    relu,
+    relu6,
+    relu6_backward,
+    relu_backward,
+    sigmoid,
+    sigmoid_backward,
+    silu,
+    silu_backward,
+    tanh,
+    tanh_backward,
+)
 from .conv import conv2d, conv2d_backward, conv_transpose2d, conv_transpose2d_backward, explain
+from .dropout import dropout, dropout_backward
+from .norm import batch_norm, batch_norm_backward, batch_norm_train
 from .pool import (
     adaptive_avg_pool2d,
     adaptive_avg_pool2d_backward,
@@ -13,6 +38,32 @@ from .pool import (
 )
 
 __all__ = [
+    "add",
+    "elu",
+    "elu_backward",
+    "gelu",
+    "gelu_backward",
+    "hardsigmoid",
+    "hardsigmoid_backward",
+    "hardswish",
+    "hardswish_backward",
+    "leaky_relu",
+    "leaky_relu_backward",
+    "relu",
+    "relu6",
+    "relu6_backward",
+    "relu_backward",
+    "sigmoid",
+    "sigmoid_backward",
+    "silu",
+    "silu_backward",
+    "tanh",
+    "tanh_backward",
+    "dropout",
+    "dropout_backward",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_train",
     "conv2d",
     "conv2d_backward",
     "conv_transpose2d",

@@ -1,0 +1,283 @@
+// Statistics: a block of rows that fits the cache gives mean and squared distances in two passes; blocks are merged in
+// order by Chan's formula in double, first within a chunk, then chunks (Chan, Golub and LeVeque, "Algorithms for computing
+// the sample variance", The American Statistician 37, 1983). Forward in training reads x twice and writes y once;
+// backward reads dy and x twice and writes dx once, finding the activation's mask again on the way.
+#include "cpu/batch_norm.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "core/allocator.h"
+#include "cpu/elementwise.h"
+#include "cpu/parallel.h"
+#include "cpu/registry.h"
+
+namespace fastconv::cpu {
+namespace {
+
+constexpr int64_t kBlockElements = 8192;        // of a block of rows: 32 KiB of fp32
+constexpr int64_t kMaxBlockRows = 256;          // bounds the rounding error of a block's sums
+constexpr int64_t kMinBlockRows = 16;           // bounds the work of merging blocks of many channels
+constexpr int64_t kChunkElements = 64 * 1024;   // of a chunk that has sums of its own
+constexpr int64_t kMaxChunks = 64;
+
+int64_t block_rows(int64_t channels) {
+  return std::clamp(kBlockElements / std::max<int64_t>(channels, 1), kMinBlockRows, kMaxBlockRows);
+}
+
+int64_t chunk_count(int64_t rows, int64_t channels) {
+  return std::clamp<int64_t>(rows * channels / kChunkElements, 1, std::min(kMaxChunks, std::max<int64_t>(rows, 1)));
+}
+
+// body(first row, rows) over the blocks of a range.
+template <class Body>
+void for_blocks(Range range, int64_t channels, Body&& body) {
+  const int64_t step = block_rows(channels);
+  for (int64_t row = range.begin; row < range.end; row += step) body(row, std::min(step, range.end - row));
+}
+
+// body(first row, rows) in parallel over rows that own their outputs. Backwards: the pass before has left the end of the
+// arrays in cache.
+template <class Body>
+void parallel_rows(int64_t rows, int64_t channels, Body&& body) {
+  parallel_ranges(rows, std::max<int64_t>(kChunkElements / 4 / std::max<int64_t>(channels, 1), 1),
+                  [&](int64_t begin, int64_t end) { body(rows - end, end - begin); });
+}
+
+// The sums of all chunks in order: [chunks][channels] of doubles to totals[channels].
+void add_chunks(const double* partial, int64_t chunks, int64_t stride, int64_t channels, double* totals) {
+  parallel_ranges(channels, 512, [&](int64_t begin, int64_t end) {
+    std::copy(partial + begin, partial + end, totals + begin);
+    for (int64_t i = 1; i < chunks; ++i)
+      for (int64_t c = begin; c < end; ++c) totals[c] += partial[i * stride + c];
+  });
+}
+
+// Chan's formula: (mean, squares) of `count` values joined by `added` values of (other_mean, other_squares).
+template <class T>
+void merge(int64_t count, int64_t added, int64_t begin, int64_t end, const T* other_mean, const T* other_squares,
+           double* mean, double* squares) {
+  const double share = static_cast<double>(added) / static_cast<double>(count + added);
+  const double weight = share * static_cast<double>(count);
+  for (int64_t c = begin; c < end; ++c) {
+    const double delta = other_mean[c] - mean[c];
+    mean[c] += delta * share;
+    squares[c] += other_squares[c] + delta * delta * weight;
+  }
+}
+
+template <class T>
+void statistics(const BatchNormProblem& a, const T* x, T* mean, T* rstd, T* unbiased_variance) {
+  const int64_t rows = a.rows(), channels = a.channels();
+  const int64_t chunks = chunk_count(rows, channels);
+  const auto& kernel = kernels().batch_norm.of<T>();
+  Buffer sums(chunks * 2 * channels * sizeof(double));
+  auto* partial = sums.as<double>();  // [chunk][mean, squares][channel]
+  parallel_for(chunks, [&](int64_t i, int) {
+    double *chunk_mean = partial + 2 * i * channels, *chunk_squares = chunk_mean + channels;
+    std::fill(chunk_mean, chunk_mean + 2 * channels, 0.0);
+    Buffer scratch(2 * channels * sizeof(T));
+    T *block_mean = scratch.as<T>(), *block_squares = block_mean + channels;
+    int64_t count = 0;
+    for_blocks(split(rows, chunks, i), channels, [&](int64_t row, int64_t block) {
+      kernel.moments(x + row * channels, block, channels, block_mean, block_squares);
+      merge(count, block, 0, channels, block_mean, block_squares, chunk_mean, chunk_squares);
+      count += block;
+    });
+  });
+  parallel_ranges(channels, 512, [&](int64_t begin, int64_t end) {
+    double *total_mean = partial, *total_squares = partial + channels;
+    int64_t count = split(rows, chunks, 0).end;
+    for (int64_t i = 1; i < chunks; ++i) {
+      const Range range = split(rows, chunks, i);
+      const double* other = partial + 2 * i * channels;
+      merge(count, range.end - range.begin, begin, end, other, other + channels, total_mean, total_squares);
+      count = range.end;
+    }
+    for (int64_t c = begin; c < end; ++c) {
+      mean[c] = static_cast<T>(total_mean[c]);
+      rstd[c] = static_cast<T>(1 / std::sqrt(total_squares[c] / std::max<double>(rows, 1) + a.eps));
+      unbiased_variance[c] = static_cast<T>(total_squares[c] / std::max<double>(rows - 1, 1));
+    }
+  });
+}
+
+// scale = rstd weight, and a bias that is never null.
+template <class T>
+struct Affine {
+  Affine(const BatchNormProblem& a, const BatchNormArguments& args) : vectors(2 * a.channels() * sizeof(T)) {
+    const auto *rstd = static_cast<const T*>(args.rstd), *weight = static_cast<const T*>(args.weight);
+    const auto* given_bias = static_cast<const T*>(args.bias);
+    T *s = vectors.template as<T>(), *b = s + a.channels();
+    for (int64_t c = 0; c < a.channels(); ++c) {
+      s[c] = weight ? rstd[c] * weight[c] : rstd[c];
+      b[c] = given_bias ? given_bias[c] : T{0};
+    }
+    scale = s;
+    bias = b;
+  }
+  Buffer vectors;
+  const T *scale, *bias;
+};
+
+template <class T>
+BatchNormRows<T> rows_at(const BatchNormProblem& a, const BatchNormArguments& args, const Affine<T>& affine,
+                         int64_t row, int64_t rows) {
+  const int64_t at = row * a.channels();
+  const auto *x = static_cast<const T*>(args.x), *residual = static_cast<const T*>(args.residual);
+  return {x + at, residual ? residual + at : nullptr, rows, a.channels(), static_cast<const T*>(args.mean),
+          affine.scale, affine.bias};
+}
+
+// The kernel that fuses this activation; the others are applied to the whole array before or after.
+bool fused(Activation activation) {
+  return activation == Activation::kNone || activation == Activation::kReLU || activation == Activation::kReLU6;
+}
+int clamp_of(Activation activation) {
+  if (activation == Activation::kReLU) return static_cast<int>(Clamp::kReLU);
+  if (activation == Activation::kReLU6) return static_cast<int>(Clamp::kReLU6);
+  return static_cast<int>(Clamp::kNone);
+}
+
+template <class T>
+void forward(const BatchNormProblem& a, const BatchNormArguments& args, T* y) {
+  const Affine<T> affine(a, args);
+  const auto kernel = kernels().batch_norm.of<T>().forward[clamp_of(args.activation)];
+  parallel_rows(a.rows(), a.channels(), [&](int64_t row, int64_t rows) {
+    kernel(rows_at<T>(a, args, affine, row, rows), y + row * a.channels());
+  });
+  if (!fused(args.activation)) apply_activation(args.activation, a.dtype, y, a.rows() * a.channels());
+}
+
+// totals: sum of dz, then sum of dz (x - mean), of each channel. dz is stored unless null.
+template <class T>
+void gradient_sums(const BatchNormProblem& a, const BatchNormArguments& args, const Affine<T>& affine, const T* dy,
+                   T* dz, double* totals) {
+  const int64_t channels = a.channels(), chunks = chunk_count(a.rows(), channels);
+  const auto kernel = kernels().batch_norm.of<T>().backward_sums[clamp_of(args.activation)];
+  Buffer sums(chunks * 2 * channels * sizeof(double));
+  parallel_for(chunks, [&](int64_t i, int) {
+    double* chunk = sums.as<double>() + 2 * i * channels;
+    std::fill(chunk, chunk + 2 * channels, 0.0);
+    Buffer scratch(2 * channels * sizeof(T));
+    T* block = scratch.as<T>();
+    for_blocks(split(a.rows(), chunks, i), channels, [&](int64_t row, int64_t rows) {
+      const int64_t at = row * channels;
+      kernel(rows_at<T>(a, args, affine, row, rows), dy + at, dz ? dz + at : nullptr, block, block + channels);
+      for (int64_t c = 0; c < 2 * channels; ++c) chunk[c] += block[c];
+    });
+  });
+  add_chunks(sums.as<double>(), chunks, 2 * channels, 2 * channels, totals);
+}
+
+template <class T>
+void backward_fused(const BatchNormProblem& a, BatchNormArguments args, const T* dy, bool training,
+                    const BatchNormGradients& out) {
+  const int64_t rows = a.rows(), channels = a.channels();
+  const Affine<T> affine(a, args);
+  const auto& kernel = kernels().batch_norm.of<T>();
+  auto *dx = static_cast<T*>(out.dx), *dresidual = static_cast<T*>(out.dresidual);
+  const bool sums = (training && dx) || out.dweight || out.dbias;
+  if (!sums && !dx && !dresidual) return;
+
+  Buffer vectors(2 * channels * (sizeof(double) + sizeof(T)));
+  double* totals = vectors.as<double>();
+  if (sums || !dx) {
+    gradient_sums<T>(a, args, affine, dy, dresidual, totals);
+    const auto* rstd = static_cast<const T*>(args.rstd);
+    for (int64_t c = 0; c < channels; ++c) {
+      if (out.dweight) static_cast<T*>(out.dweight)[c] = static_cast<T>(totals[channels + c] * rstd[c]);
+      if (out.dbias) static_cast<T*>(out.dbias)[c] = static_cast<T>(totals[c]);
+    }
+    if (dresidual) {  // the mask has been applied: the second pass need not find it again
+      dy = dresidual;
+      dresidual = nullptr;
+      args.activation = Activation::kNone;
+    }
+  }
+  if (!dx) return;
+  // z serves the mask alone.
+  if (args.activation == Activation::kNone) args.residual = nullptr;
+  if (!training) {
+    parallel_rows(rows, channels, [&](int64_t row, int64_t count) {
+      const int64_t at = row * channels;
+      kernel.backward_constant[clamp_of(args.activation)](rows_at<T>(a, args, affine, row, count), dy + at, dx + at,
+                                                           dresidual ? dresidual + at : nullptr);
+    });
+    return;
+  }
+  T *mean_dz = reinterpret_cast<T*>(totals + 2 * channels), *slope = mean_dz + channels;
+  const auto* rstd = static_cast<const T*>(args.rstd);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double r = rstd[c], count = static_cast<double>(std::max<int64_t>(rows, 1));
+    mean_dz[c] = static_cast<T>(totals[c] / count);
+    slope[c] = static_cast<T>(totals[channels + c] * r * r / count);
+  }
+  parallel_rows(rows, channels, [&](int64_t row, int64_t count) {
+    const int64_t at = row * channels;
+    kernel.backward_input[clamp_of(args.activation)](rows_at<T>(a, args, affine, row, count), dy + at, mean_dz, slope,
+                                                      dx + at);
+  });
+}
+
+// Another activation: z again, then its gradient as the dy of a plain normalisation.
+template <class T>
+void backward_composed(const BatchNormProblem& a, BatchNormArguments args, const T* dy, bool training,
+                       const BatchNormGradients& out) {
+  const int64_t total = a.rows() * a.channels();
+  const Activation activation = args.activation;
+  args.activation = Activation::kNone;
+  Buffer z(total * sizeof(T));
+  forward<T>(a, args, z.as<T>());
+  apply_activation_backward(activation, a.dtype, dy, z.as<T>(), z.as<T>(), total);
+  args.residual = nullptr;
+  backward_fused<T>(a, args, z.as<T>(), training, out);
+}
+
+}  // namespace
+
+void batch_norm_statistics(const BatchNormProblem& a, const void* x, void* mean, void* rstd, void* unbiased_variance) {
+  dispatch_float(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    statistics<T>(a, static_cast<const T*>(x), static_cast<T*>(mean), static_cast<T*>(rstd),
+                  static_cast<T*>(unbiased_variance));
+  });
+}
+
+void update_running(DType dtype, int64_t channels, const void* batch, double momentum, void* running) {
+  dispatch_float(dtype, [&](auto t) {
+    using T = decltype(t);
+    auto* r = static_cast<T*>(running);
+    for (int64_t c = 0; c < channels; ++c)
+      r[c] = static_cast<T>((1 - momentum) * r[c] + momentum * static_cast<const T*>(batch)[c]);
+  });
+}
+
+void reciprocal_std(DType dtype, int64_t channels, const void* variance, double eps, void* rstd) {
+  dispatch_float(dtype, [&](auto t) {
+    using T = decltype(t);
+    for (int64_t c = 0; c < channels; ++c)
+      static_cast<T*>(rstd)[c] = static_cast<T>(1 / std::sqrt(static_cast<const T*>(variance)[c] + eps));
+  });
+}
+
+void batch_norm_forward(const BatchNormProblem& a, const BatchNormArguments& args, void* y) {
+  dispatch_float(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    forward<T>(a, args, static_cast<T*>(y));
+  });
+}
+
+void batch_norm_backward(const BatchNormProblem& a, const BatchNormArguments& args, const void* dy, bool training,
+                         const BatchNormGradients& out) {
+  dispatch_float(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    if (fused(args.activation))
+      backward_fused<T>(a, args, static_cast<const T*>(dy), training, out);
+    else
+      backward_composed<T>(a, args, static_cast<const T*>(dy), training, out);
+  });
+}
+
+}  // namespace fastconv::cpu

@@ -1,0 +1,38 @@
+// Batch normalisation kernels that every ISA provides: a block of rows [rows][channels], dense, fp32 and fp64.
+#pragma once
+
+#include <cstdint>
+
+namespace fastconv::cpu {
+
+// Activations that the kernels fuse.
+enum class Clamp : uint8_t { kNone, kReLU, kReLU6 };
+constexpr int kClamps = 3;
+
+// z = (x - mean) * scale + bias + residual, y = clamp(z). Backward computes z again with the same operations, so that it
+// sees the same side of every kink.
+template <class T>
+struct BatchNormRows {
+  const T* x;
+  const T* residual;  // or null
+  int64_t rows, channels;
+  const T* mean;
+  const T* scale;  // weight / sqrt(variance + eps)
+  const T* bias;
+};
+
+template <class T>
+struct BatchNormKernels {
+  // mean[c] and the sum of squared distances from it, of the block
+  void (*moments)(const T* x, int64_t rows, int64_t channels, T* mean, T* squares);
+  void (*forward[kClamps])(const BatchNormRows<T>&, T* y);
+  // dz = dy where clamp(z) moves with z, else 0. sum[c] = sum of dz, dot[c] = sum of dz (x - mean), over the block.
+  // dz is stored unless null.
+  void (*backward_sums[kClamps])(const BatchNormRows<T>&, const T* dy, T* dz, T* sum, T* dot);
+  // dx = scale (dz - a[c] - (x - mean) b[c])
+  void (*backward_input[kClamps])(const BatchNormRows<T>&, const T* dy, const T* a, const T* b, T* dx);
+  // dx = scale dz; dz is stored unless null
+  void (*backward_constant[kClamps])(const BatchNormRows<T>&, const T* dy, T* dx, T* dz);
+};
+
+}  // namespace fastconv::cpu

@@ -1,0 +1,36 @@
+// Elementwise kernels that every ISA provides, fp32 and fp64.
+#pragma once
+
+#include <cstdint>
+
+namespace fastconv::cpu {
+
+enum class Elementwise : uint8_t {
+  kReLU,
+  kReLU6,
+  kLeakyReLU,  // parameter: slope of the negative half
+  kELU,        // parameter: alpha
+  kSigmoid,
+  kTanh,
+  kSiLU,
+  kGELU,
+  kGELUTanh,
+  kHardsigmoid,
+  kHardswish,
+};
+constexpr int kElementwiseFunctions = 11;
+
+template <class T>
+struct ElementwiseKernels {
+  // y[i] = f(x[i]); y may be x
+  void (*forward[kElementwiseFunctions])(const T* x, T* y, int64_t n, T parameter);
+  // dx[i] = dy[i] f'(x[i])
+  void (*backward[kElementwiseFunctions])(const T* dy, const T* x, T* dx, int64_t n, T parameter);
+  void (*add)(const T* a, const T* b, T* y, int64_t n);
+  // y[row][i] += bias[i]
+  void (*add_bias)(T* y, int64_t rows, int64_t channels, const T* bias);
+  // y[i] = x[i] * scale where random word (offset + i) >= threshold, else 0
+  void (*dropout)(const T* x, T* y, int64_t n, uint64_t seed, uint64_t offset, uint32_t threshold, T scale);
+};
+
+}  // namespace fastconv::cpu

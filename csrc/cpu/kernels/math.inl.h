@@ -1,0 +1,87 @@
+// Exponential and its relatives on vectors: fp32 by polynomial, fp64 a lane at a time by the C library.
+#pragma once
+
+#include "cpu/kernels/lanes.h"
+
+namespace fastconv::cpu {
+namespace {
+
+inline IntVec bits(Vec a) { return reinterpret_cast<IntVec>(a); }
+inline Vec as_float(IntVec a) { return reinterpret_cast<Vec>(a); }
+
+// x = n log 2 + r with |r| <= log(2) / 2. log 2 is split so that n times its first part is exact (Cody and Waite).
+struct Reduced {
+  Vec r;
+  IntVec n;
+};
+inline Reduced reduce(Vec x) {
+  const Vec magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  const Vec shifted = fma(x, set1(1.44269504088896341f), magic);
+  const Vec n = shifted - magic;
+  Vec r = fma(n, set1(-0.693359375f), x);
+  r = fma(n, set1(2.12194440e-4f), r);
+  return {r, bits(shifted) - bits(magic)};
+}
+
+// exp(r) - 1 for |r| <= log(2) / 2. Coefficients: Cephes, single/expf.c (S. Moshier, netlib.org/cephes).
+inline Vec expm1_core(Vec r) {
+  Vec p = set1(1.9875691500e-4f);
+  p = fma(p, r, set1(1.3981999507e-3f));
+  p = fma(p, r, set1(8.3334519073e-3f));
+  p = fma(p, r, set1(4.1665795894e-2f));
+  p = fma(p, r, set1(1.6666665459e-1f));
+  p = fma(p, r, set1(5.0000001201e-1f));
+  return fma(p * r, r, r);
+}
+
+inline Vec power_of_two(IntVec n) { return as_float((n + 127) << 23); }
+
+// At most 2 ulp. In two steps of scaling, so that results below 2^-126 are rounded once and above 2^128 are infinite.
+inline Vec exp_lanes(Vec x) {
+  const Reduced a = reduce(clamp(x, set1(-104.0f), set1(89.0f)));
+  const IntVec half = a.n >> 1;
+  return (expm1_core(a.r) + set1(1.0f)) * power_of_two(half) * power_of_two(a.n - half);
+}
+
+// exp(x) - 1 for x <= 0, accurate near 0.
+inline Vec expm1_negative(Vec x) {
+  const Reduced a = reduce(clamp(x, set1(-80.0f), set1(0.0f)));
+  const Vec scale = power_of_two(a.n);
+  return fma(expm1_core(a.r), scale, scale - set1(1.0f));
+}
+
+inline Vec absolute(Vec x) { return as_float(bits(x) & 0x7fffffff); }
+inline Vec with_sign_of(Vec magnitude, Vec sign) {
+  return as_float(bits(magnitude) | (bits(sign) & static_cast<int32_t>(0x80000000)));
+}
+
+// tanh |x| = -t / (t + 2) with t = exp(-2 |x|) - 1
+inline Vec tanh_lanes(Vec x) {
+  const Vec t = expm1_negative(absolute(x) * set1(-2.0f));
+  return with_sign_of(absolute(t / (t + set1(2.0f))), x);
+}
+
+inline Vec erfc_lanes(Vec x) {
+  for (int i = 0; i < kVectorBytes / 4; ++i) x[i] = __builtin_erfcf(x[i]);
+  return x;
+}
+
+inline DVec exp_lanes(DVec x) {
+  for (int i = 0; i < kVectorBytes / 8; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+inline DVec expm1_negative(DVec x) {
+  for (int i = 0; i < kVectorBytes / 8; ++i) x[i] = __builtin_expm1(x[i]);
+  return x;
+}
+inline DVec tanh_lanes(DVec x) {
+  for (int i = 0; i < kVectorBytes / 8; ++i) x[i] = __builtin_tanh(x[i]);
+  return x;
+}
+inline DVec erfc_lanes(DVec x) {
+  for (int i = 0; i < kVectorBytes / 8; ++i) x[i] = __builtin_erfc(x[i]);
+  return x;
+}
+
+}  // namespace
+}  // namespace fastconv::cpu

@@ -1,0 +1,164 @@
+"""Batch normalisation and its gradients (Ioffe and Szegedy, arXiv 1502.03167).
+
+Shapes: x (N, C, H, W) or (N, C), vectors (C,). Dtype float32 or float64, the same for all arrays of a call. Any strides;
+channels-last memory is the native layout and is answered in channels-last, dense NCHW in NCHW.
+
+All raise ValueError for shapes and values that do not fit (the message has them) and TypeError for wrong dtypes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import _C
+from ._arrays import Array, like, to_numpy
+from ._inplace import writable
+
+
+def _image(array: np.ndarray, name: str) -> np.ndarray:
+    """A (N, C) array as images of one pixel."""
+    if array.ndim not in (2, 4):
+        raise ValueError(f"{name} must have shape (N, C) or (N, C, H, W), got {array.shape}")
+    return array[:, :, None, None] if array.ndim == 2 else array
+
+
+def _optional(x: Array | None, name: str) -> np.ndarray | None:
+    return None if x is None else to_numpy(x, name)
+
+
+def _optional_image(x: Array | None, name: str) -> np.ndarray | None:
+    return None if x is None else _image(to_numpy(x, name), name)
+
+
+def _with_rank(image: np.ndarray, ndim: int) -> np.ndarray:
+    return image if ndim == 4 else image[:, :, 0, 0]
+
+
+def batch_norm(
+    x: Array,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Array | None = None,
+    activation: str | None = None,
+) -> Array:
+    """act((x - mean) / sqrt(var + eps) * weight + bias + residual), as torch.nn.functional.batch_norm.
+
+    In training mean and var (divisor M = N H W) are those of the batch, and the running statistics, where given, are
+    updated in place: running = (1 - momentum) running + momentum new, with divisor M - 1 in running_var. Otherwise mean
+    and var are the running statistics, which must be given.
+
+    Args:
+        residual: like x, added before the activation.
+        activation: None, "relu", "relu6", "silu", "sigmoid", "tanh" or "hardswish".
+
+    Raises:
+        ValueError: also in training for a single value per channel.
+    """
+    if training:
+        return batch_norm_train(
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            momentum,
+            eps,
+            residual=residual,
+            activation=activation,
+        )[0]
+    if running_mean is None or running_var is None:
+        raise ValueError("running_mean and running_var must be given unless training")
+    array = to_numpy(x, "input")
+    y = _C.batch_norm_eval(
+        _image(array, "input"),
+        to_numpy(running_mean, "running_mean"),
+        to_numpy(running_var, "running_var"),
+        _optional(weight, "weight"),
+        _optional(bias, "bias"),
+        float(eps),
+        _optional_image(residual, "residual"),
+        activation or "",
+    )
+    return like(_with_rank(y, array.ndim), x)
+
+
+def batch_norm_train(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    momentum: float,
+    eps: float,
+    *,
+    residual: Array | None = None,
+    activation: str | None = None,
+) -> tuple[Array, Array, Array]:
+    """:func:`batch_norm` in training, and what its backward needs: (y, mean, rstd).
+
+    mean and rstd = 1 / sqrt(var + eps) are those of the batch, (C,).
+    """
+    array = to_numpy(x, "input")
+    y, mean, rstd = _C.batch_norm_train(
+        _image(array, "input"),
+        _optional(weight, "weight"),
+        _optional(bias, "bias"),
+        None if running_mean is None else writable(running_mean, "running_mean"),
+        None if running_var is None else writable(running_var, "running_var"),
+        float(momentum),
+        float(eps),
+        _optional_image(residual, "residual"),
+        activation or "",
+    )
+    return like(_with_rank(y, array.ndim), x), like(mean, x), like(rstd, x)
+
+
+def batch_norm_backward(
+    dy: Array,
+    x: Array,
+    weight: Array | None,
+    mean: Array,
+    rstd: Array,
+    *,
+    bias: Array | None = None,
+    residual: Array | None = None,
+    activation: str | None = None,
+    training: bool = True,
+    needs: Any = (True, True, True, True),
+) -> tuple[Array | None, Array | None, Array | None, Array | None]:
+    """(dx, dweight, dbias, dresidual) of :func:`batch_norm`; None where `needs` says so.
+
+    The activation's derivative is found again from x, mean, rstd, weight, bias and residual, which must be those of the
+    forward pass; bias is not needed without an activation. dresidual is None without a residual. training: mean and rstd
+    are functions of x; otherwise constants, 1 / sqrt(running_var + eps) being rstd.
+    """
+    flags = [bool(flag) for flag in needs]
+    if len(flags) != 4:
+        raise ValueError(f"needs must have 4 flags, got {needs!r}")
+    array = to_numpy(x, "input")
+    dx, dweight, dbias, dresidual = _C.batch_norm_backward(
+        _image(to_numpy(dy, "dy"), "dy"),
+        _image(array, "input"),
+        _optional(weight, "weight"),
+        to_numpy(mean, "mean"),
+        to_numpy(rstd, "rstd"),
+        _optional(bias, "bias"),
+        _optional_image(residual, "residual"),
+        activation or "",
+        bool(training),
+        flags,
+    )
+    return (
+        None if dx is None else like(_with_rank(dx, array.ndim), dy),
+        None if dweight is None else like(dweight, dy),
+        None if dbias is None else like(dbias, dy),
+        None if dresidual is None else like(_with_rank(dresidual, array.ndim), dy),
+    )
