@@ -5,6 +5,8 @@
 #include "cpu/kernels/batch_norm.h"
 #include "cpu/kernels/conv2d.h"
 #include "cpu/kernels/elementwise.h"
+#include "cpu/kernels/loss.h"
+#include "cpu/kernels/optimizer.h"
 #include "cpu/kernels/pool2d.h"
 
 namespace fastconv::cpu {
@@ -30,6 +32,8 @@ struct KernelTable {
   Typed<Pool2dKernels> pool2d;
   Typed<BatchNormKernels> batch_norm;
   Typed<ElementwiseKernels> elementwise;
+  Typed<LossKernels> loss;
+  Typed<OptimizerKernels> optimizer;
 };
 
 }  // namespace fastconv::cpu

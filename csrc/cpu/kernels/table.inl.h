@@ -5,6 +5,8 @@
 #include "cpu/kernels/conv2d.inl.h"
 #include "cpu/kernels/depthwise.inl.h"
 #include "cpu/kernels/elementwise.inl.h"
+#include "cpu/kernels/loss.inl.h"
+#include "cpu/kernels/optimizer.inl.h"
 #include "cpu/kernels/pool2d.inl.h"
 #include "cpu/kernels/table.h"
 
@@ -36,6 +38,8 @@ constexpr KernelTable kernel_table() {
       {pool2d_kernels<float>(), pool2d_kernels<double>()},
       {batch_norm_kernels<float>(), batch_norm_kernels<double>()},
       {elementwise_kernels<float>(), elementwise_kernels<double>()},
+      {loss_kernels<float>(), loss_kernels<double>()},
+      {optimizer_kernels<float>(), optimizer_kernels<double>()},
   };
 }
 

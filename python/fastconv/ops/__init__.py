@@ -25,7 +25,17 @@ from .activation import (
 )
 from .conv import conv2d, conv2d_backward, conv_transpose2d, conv_transpose2d_backward, explain
 from .dropout import dropout, dropout_backward
+from .linear import linear, linear_backward
+from .loss import (
+    cross_entropy,
+    cross_entropy_backward,
+    log_softmax,
+    log_softmax_backward,
+    softmax,
+    softmax_backward,
+)
 from .norm import batch_norm, batch_norm_backward, batch_norm_train
+from .optimizer import adamw_step, sgd_step
 from .pool import (
     adaptive_avg_pool2d,
     adaptive_avg_pool2d_backward,
@@ -38,6 +48,16 @@ from .pool import (
 )
 
 __all__ = [
+    "cross_entropy",
+    "cross_entropy_backward",
+    "log_softmax",
+    "log_softmax_backward",
+    "softmax",
+    "softmax_backward",
+    "adamw_step",
+    "sgd_step",
+    "linear",
+    "linear_backward",
     "add",
     "elu",
     "elu_backward",

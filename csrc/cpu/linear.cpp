@@ -1,0 +1,54 @@
+#include "cpu/linear.h"
+
+#include <cstring>
+
+#include "core/check.h"
+#include "cpu/conv2d.h"
+
+namespace fastconv::cpu {
+namespace {
+
+// w[out, in] as w[K, C, 1, 1]
+TensorView as_kernel(TensorView w) {
+  w.ndim = 4;
+  w.sizes[2] = w.sizes[3] = 1;
+  w.strides[2] = w.strides[3] = 1;
+  return w;
+}
+
+bool has_engine(const Conv2dProblem& a) { return pointwise::supports(a) == nullptr; }
+
+}  // namespace
+
+Conv2dProblem make_linear(DType dtype, int64_t rows, int64_t in, const TensorView& w) {
+  check_float("input", dtype);
+  check_dtype("weight", w, dtype);
+  FC_CHECK(w.ndim == 2 && w.sizes[1] == in, "weight must have shape (out, ", in, "), got ", shape_string(w));
+  return make_conv2d(dtype, {rows, in, 1, 1}, {w.sizes[0], in, 1, 1}, {1, 1}, std::array<int64_t, 4>{0, 0, 0, 0},
+                     {1, 1}, 1);
+}
+
+void linear(const Conv2dProblem& a, const void* x, const TensorView& w, const void* bias, void* y) {
+  if (a.n * a.k == 0) return;
+  const ForwardArguments args{x, as_kernel(w), bias, nullptr, Activation::kNone, y};
+  if (!a.empty() && has_engine(a)) return pointwise::forward(a, args);
+  reference::forward(a, args);
+}
+
+void linear_backward_input(const Conv2dProblem& a, const void* dy, const TensorView& w, void* dx) {
+  if (a.n * a.c == 0) return;
+  const BackwardInputArguments args{dy, as_kernel(w), dx};
+  if (!a.empty() && has_engine(a)) return pointwise::backward_input(a, args);
+  reference::backward_input(a, args);
+}
+
+void linear_backward_weight(const Conv2dProblem& a, const void* dy, const void* x, const TensorView& dw) {
+  if (a.k * a.c == 0) return;
+  const BackwardWeightArguments args{dy, x, as_kernel(dw)};
+  if (!a.empty() && has_engine(a)) return pointwise::backward_weight(a, args);
+  reference::backward_weight(a, args);
+}
+
+void linear_backward_bias(const Conv2dProblem& a, const void* dy, void* db) { conv2d_backward_bias(a, dy, db); }
+
+}  // namespace fastconv::cpu

@@ -1,0 +1,34 @@
+// Optimiser steps over all parameters in one call.
+#pragma once
+
+#include <vector>
+
+#include "core/dtype.h"
+
+namespace fastconv::cpu {
+
+// One parameter with its gradient and state: dense arrays of n elements in the same order of memory.
+struct Parameter {
+  DType dtype;
+  int64_t n;
+  void* value;
+  const void* gradient;
+  void* state[2];
+  double weight_decay;
+};
+
+struct SgdOptions {
+  double lr, momentum, dampening;
+  bool nesterov, first;
+};
+// PyTorch's SGD; state[0] is the momentum buffer, null without momentum.
+void sgd_step(const std::vector<Parameter>&, const SgdOptions&);
+
+struct AdamWOptions {
+  int64_t step;  // from 1
+  double lr, beta1, beta2, eps;
+};
+// AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2); state: first and second moment.
+void adamw_step(const std::vector<Parameter>&, const AdamWOptions&);
+
+}  // namespace fastconv::cpu
