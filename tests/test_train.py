@@ -131,9 +131,9 @@ def test_schedule(schedule: str) -> None:
 # Learning
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_learns_real_digits(digits: str, optimizer: str) -> None:
-    result = train.train(config_of(digits, epochs=6, batch_size=25, lr=None, optimizer=optimizer))
+@pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 2e-3), ("sgd", 1e-2)])
+def test_learns_real_digits(digits: str, optimizer: str, lr: float) -> None:
+    result = train.train(config_of(digits, epochs=6, batch_size=25, lr=lr, optimizer=optimizer))
     assert result.test_accuracy > 0.85
     assert result.best_test_accuracy >= result.test_accuracy
     assert (result.epochs, result.steps, result.out) == (6, 6 * 23, None)

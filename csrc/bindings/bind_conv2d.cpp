@@ -2,33 +2,23 @@
 
 #include <optional>
 
-#include "bindings/convert.h"
+#include "bindings/operands.h"
+#include "core/check.h"
 #include "cpu/conv2d.h"
+#include "cpu/elementwise.h"
 
 namespace fastconv::bindings {
 namespace {
 
 using MaybeArray = std::optional<py::array>;
 
-// An optional vector of n, dense.
-class DenseVector {
- public:
-  DenseVector(const MaybeArray& array, const char* role, DType dtype, int64_t n) {
-    if (!array) return;
-    const TensorView v = view(*array, role);
-    FC_CHECK_TYPE(v.dtype == dtype, role, " must be ", name(dtype), ", got ", name(v.dtype));
-    FC_CHECK(v.ndim == 1 && v.sizes[0] == n, role, " must have shape (", n, ",), got ", shape_string(v));
-    dense_ = Buffer(std::max<int64_t>(n, 1) * itemsize(dtype));
-    dispatch_float(dtype, [&](auto t) {
-      using T = decltype(t);
-      for (int64_t i = 0; i < n; ++i) dense_.as<T>()[i] = v.as<T>()[i * v.strides[0]];
-    });
-  }
-  const void* data() const { return dense_.as<void>(); }
-
- private:
-  Buffer dense_;
-};
+// The bias of a problem with `channels` outputs, checked and dense.
+std::optional<Vector> dense_bias(const MaybeArray& bias, DType dtype, int64_t channels) {
+  if (!bias) return std::nullopt;
+  const TensorView v = view(*bias, "bias");
+  check_vector("bias", v, dtype, channels);
+  return Vector(v, "bias");
+}
 
 py::array conv2d(const py::array& x_in, const py::array& w_in, const MaybeArray& bias, const MaybeArray& residual,
                  Pair stride, const Padding& padding, Pair dilation, int64_t groups, const std::string& activation) {
@@ -36,9 +26,9 @@ py::array conv2d(const py::array& x_in, const py::array& w_in, const MaybeArray&
   const TensorView x_view = view(x_in, "input");
   const Conv2dProblem problem = make_conv2d(x_view.dtype, shape4(x_view, "input"), shape4(w, "weight"), stride, padding,
                                             dilation, groups);
-  dispatch_float(problem.dtype, [](auto) {});
+  check_float("input", problem.dtype);
   problem.check("weight", w, problem.w_shape());
-  const DenseVector dense_bias(bias, "bias", problem.dtype, problem.k);
+  const std::optional<Vector> b = dense_bias(bias, problem.dtype, problem.k);
   std::optional<ChannelsLast> dense_residual;
   if (residual) {
     problem.check("residual", view(*residual, "residual"), problem.y_shape());
@@ -46,7 +36,7 @@ py::array conv2d(const py::array& x_in, const py::array& w_in, const MaybeArray&
   }
   const ChannelsLast x(x_in, "input");
   Output y(problem.dtype, problem.y_shape(), x.layout());
-  const cpu::ForwardArguments args{x.data(), w, dense_bias.data(), dense_residual ? dense_residual->data() : nullptr,
+  const cpu::ForwardArguments args{x.data(), w, b ? b->data() : nullptr, dense_residual ? dense_residual->data() : nullptr,
                                    parse_activation(activation), y.data()};
   {
     py::gil_scoped_release nogil;
@@ -102,7 +92,7 @@ Gradients conv2d_backward(const py::array& dy, const py::array& x, const py::arr
   const TensorView x_view = view(x, "input"), w_view = view(w, "weight");
   const Conv2dProblem problem = make_conv2d(x_view.dtype, shape4(x_view, "input"), shape4(w_view, "weight"), stride,
                                             padding, dilation, groups);
-  dispatch_float(problem.dtype, [](auto) {});
+  check_float("input", problem.dtype);
   problem.check("weight", w_view, problem.w_shape());
   problem.check("dy", view(dy, "dy"), problem.y_shape());
   Gradients out;
@@ -116,7 +106,7 @@ Conv2dProblem transpose_problem(const TensorView& x, const TensorView& w, Pair s
                                 Pair output_padding, Pair dilation, int64_t groups) {
   const Conv2dProblem problem = make_conv_transpose2d(x.dtype, shape4(x, "input"), shape4(w, "weight"), stride,
                                                       padding, output_padding, dilation, groups);
-  dispatch_float(problem.dtype, [](auto) {});
+  check_float("input", problem.dtype);
   problem.check("weight", w, problem.w_shape());
   return problem;
 }
@@ -127,13 +117,13 @@ py::array conv_transpose2d(const py::array& x_in, const py::array& w_in, const M
   const TensorView w = view(w_in, "weight");
   const Conv2dProblem problem =
       transpose_problem(view(x_in, "input"), w, stride, padding, output_padding, dilation, groups);
-  const DenseVector dense_bias(bias, "bias", problem.dtype, problem.c);
+  const std::optional<Vector> b = dense_bias(bias, problem.dtype, problem.c);
   const ChannelsLast x(x_in, "input");
   Output y(problem.dtype, problem.x_shape(), x.layout());
   {
     py::gil_scoped_release nogil;
     cpu::conv2d_backward_input(problem, {x.data(), w, y.data()});
-    if (bias) cpu::add_channel_bias(problem.dtype, problem.n * problem.h * problem.w, problem.c, dense_bias.data(), y.data());
+    if (b) cpu::add_channel_bias(problem.dtype, y.data(), problem.n * problem.h * problem.w, problem.c, b->data());
   }
   return y.finish();
 }

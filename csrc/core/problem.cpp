@@ -2,25 +2,26 @@
 
 #include <algorithm>
 
+#include "core/check.h"
+
 namespace fastconv {
 namespace {
 
 // Sizes above this would overflow products of a few of them; no array of such a size exists.
 constexpr int64_t kMaxSize = int64_t{1} << 40;
 
-std::string text(const Shape& s) { return concat("(", s[0], ", ", s[1], ", ", s[2], ", ", s[3], ")"); }
 std::string text(Pair p) { return concat("(", p[0], ", ", p[1], ")"); }
 
 void check_elements(const char* what, const Shape& s) {
   int64_t n = 1;
   for (int64_t d : s)
     FC_CHECK(!__builtin_mul_overflow(n, std::max<int64_t>(d, 1), &n) && n < (int64_t{1} << 60), what, " of shape ",
-             text(s), " has too many elements");
+             shape_string(s), " has too many elements");
 }
 
 void check_common(const Shape& x, const Shape& w, Pair stride, Pair dilation, int64_t groups) {
-  for (int64_t d : x) FC_CHECK(d >= 0 && d < kMaxSize, "bad input shape ", text(x));
-  for (int64_t d : w) FC_CHECK(d >= 0 && d < kMaxSize, "bad weight shape ", text(w));
+  for (int64_t d : x) FC_CHECK(d >= 0 && d < kMaxSize, "bad input shape ", shape_string(x));
+  for (int64_t d : w) FC_CHECK(d >= 0 && d < kMaxSize, "bad weight shape ", shape_string(w));
   check_elements("input", x);
   check_elements("weight", w);
   FC_CHECK(stride[0] > 0 && stride[1] > 0, "stride must be positive, got ", text(stride));
@@ -28,7 +29,7 @@ void check_common(const Shape& x, const Shape& w, Pair stride, Pair dilation, in
   FC_CHECK(stride[0] < kMaxSize && stride[1] < kMaxSize, "stride is too large: ", text(stride));
   FC_CHECK(dilation[0] < kMaxSize && dilation[1] < kMaxSize, "dilation is too large: ", text(dilation));
   FC_CHECK(groups > 0, "groups must be positive, got ", groups);
-  FC_CHECK(w[2] > 0 && w[3] > 0, "kernel must not be empty, got weight shape ", text(w));
+  FC_CHECK(w[2] > 0 && w[3] > 0, "kernel must not be empty, got weight shape ", shape_string(w));
 }
 
 int64_t effective(int64_t kernel, int64_t dilation) {
@@ -64,10 +65,8 @@ int64_t output_size(const char* axis, int64_t size, int64_t kernel, int64_t stri
 }
 
 void Conv2dProblem::check(const char* role, const TensorView& view, const Shape& expected) const {
-  FC_CHECK_TYPE(view.dtype == dtype, role, " must be ", name(dtype), ", got ", name(view.dtype));
-  bool equal = view.ndim == 4;
-  for (int i = 0; equal && i < 4; ++i) equal = view.sizes[i] == expected[i];
-  FC_CHECK(equal, role, " must have shape ", text(expected), ", got ", shape_string(view));
+  check_dtype(role, view, dtype);
+  check_shape4(role, view, expected);
 }
 
 Conv2dProblem make_conv2d(DType dtype, const Shape& x, const Shape& w, Pair stride, const Padding& padding,
@@ -75,9 +74,9 @@ Conv2dProblem make_conv2d(DType dtype, const Shape& x, const Shape& w, Pair stri
   check_common(x, w, stride, dilation, groups);
   FC_CHECK(x[1] % groups == 0, "groups must divide the input's channels: ", x[1], " channels, ", groups, " groups");
   FC_CHECK(w[0] % groups == 0, "groups must divide the output's channels: ", w[0], " channels, ", groups, " groups");
-  FC_CHECK(w[1] == x[1] / groups, "weight of shape ", text(w), " with ", groups, " groups needs an input of ",
+  FC_CHECK(w[1] == x[1] / groups, "weight of shape ", shape_string(w), " with ", groups, " groups needs an input of ",
            w[1] * std::min(groups, kMaxSize / std::max<int64_t>(w[1], 1)), " channels, got ", x[1]);
-  FC_CHECK(x[2] > 0 && x[3] > 0, "the input's height and width must be positive, got shape ", text(x));
+  FC_CHECK(x[2] > 0 && x[3] > 0, "the input's height and width must be positive, got shape ", shape_string(x));
 
   Conv2dProblem problem;
   problem.dtype = dtype;
@@ -114,8 +113,8 @@ Conv2dProblem make_conv_transpose2d(DType dtype, const Shape& x, const Shape& w,
                                     Pair output_padding, Pair dilation, int64_t groups) {
   check_common(x, w, stride, dilation, groups);
   FC_CHECK(x[1] % groups == 0, "groups must divide the input's channels: ", x[1], " channels, ", groups, " groups");
-  FC_CHECK(w[0] == x[1], "weight of shape ", text(w), " needs an input of ", w[0], " channels, got ", x[1]);
-  FC_CHECK(x[2] > 0 && x[3] > 0, "the input's height and width must be positive, got shape ", text(x));
+  FC_CHECK(w[0] == x[1], "weight of shape ", shape_string(w), " needs an input of ", w[0], " channels, got ", x[1]);
+  FC_CHECK(x[2] > 0 && x[3] > 0, "the input's height and width must be positive, got shape ", shape_string(x));
   FC_CHECK(padding[0] >= 0 && padding[1] >= 0 && padding[0] < kMaxSize && padding[1] < kMaxSize,
            "padding must not be negative or huge, got ", text(padding));
   Shape out{x[0], 0, 0, 0};
@@ -127,9 +126,9 @@ Conv2dProblem make_conv_transpose2d(DType dtype, const Shape& x, const Shape& w,
              text(output_padding), ", stride ", text(stride), ", dilation ", text(dilation));
     int64_t span;
     FC_CHECK(!__builtin_mul_overflow(x[2 + i] - 1, stride[i], &span) && span < kMaxSize, "stride ", text(stride),
-             " is too large for the input's shape ", text(x));
+             " is too large for the input's shape ", shape_string(x));
     out[2 + i] = span - 2 * padding[i] + effective(w[2 + i], dilation[i]) + output_padding[i];
-    FC_CHECK(out[2 + i] > 0, "the output would be empty: input shape ", text(x), ", weight shape ", text(w),
+    FC_CHECK(out[2 + i] > 0, "the output would be empty: input shape ", shape_string(x), ", weight shape ", shape_string(w),
              ", padding ", text(padding));
   }
   Conv2dProblem problem = make_conv2d(dtype, out, w, stride,

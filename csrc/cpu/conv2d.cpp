@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "core/allocator.h"
+#include "cpu/elementwise.h"
 #include "cpu/parallel.h"
 
 namespace fastconv::cpu {
@@ -56,7 +57,13 @@ void set_conv2d_algorithm(const std::string& name) {
 
 void conv2d_forward(const Conv2dProblem& problem, const ForwardArguments& args) {
   if (elements(problem.y_shape()) == 0) return;
-  select(kForward, problem, forced()).run(problem, args);
+  // Activations that are a clamp are part of every kernel's epilogue; the others are one pass over the finished y.
+  ForwardArguments clamped = args;
+  const bool is_clamp = args.activation == Activation::kNone || args.activation == Activation::kReLU ||
+                        args.activation == Activation::kReLU6;
+  if (!is_clamp) clamped.activation = Activation::kNone;
+  select(kForward, problem, forced()).run(problem, clamped);
+  if (!is_clamp) apply_activation(args.activation, problem.dtype, args.y, elements(problem.y_shape()));
 }
 
 void conv2d_backward_input(const Conv2dProblem& problem, const BackwardInputArguments& args) {
@@ -110,17 +117,6 @@ void channel_sums(DType dtype, int64_t rows, int64_t channels, const void* dy, v
   dispatch_float(dtype, [&](auto t) {
     using T = decltype(t);
     column_sums(static_cast<const T*>(dy), rows, channels, static_cast<T*>(db));
-  });
-}
-
-void add_channel_bias(DType dtype, int64_t rows, int64_t channels, const void* bias, void* y) {
-  dispatch_float(dtype, [&](auto t) {
-    using T = decltype(t);
-    const auto* b = static_cast<const T*>(bias);
-    parallel_ranges(rows, std::max<int64_t>(16384 / std::max<int64_t>(channels, 1), 1), [&](int64_t begin, int64_t end) {
-      for (T* row = static_cast<T*>(y) + begin * channels; begin < end; ++begin, row += channels)
-        for (int64_t j = 0; j < channels; ++j) row[j] += b[j];
-    });
   });
 }
 

@@ -40,8 +40,6 @@ void conv2d_backward_input(const Conv2dProblem&, const BackwardInputArguments&);
 void conv2d_backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
 // db[channels] = the sum of dy[rows][channels] over rows.
 void channel_sums(DType, int64_t rows, int64_t channels, const void* dy, void* db);
-// y[rows][channels] += bias[channels].
-void add_channel_bias(DType, int64_t rows, int64_t channels, const void* bias, void* y);
 
 Explanation explain_conv2d(const Conv2dProblem&, const std::string& direction);
 void set_conv2d_algorithm(const std::string& name);  // "" lets the lists decide; for tests and experiments

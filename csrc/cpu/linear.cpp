@@ -1,7 +1,5 @@
 #include "cpu/linear.h"
 
-#include <cstring>
-
 #include "core/check.h"
 #include "cpu/conv2d.h"
 
@@ -16,8 +14,6 @@ TensorView as_kernel(TensorView w) {
   return w;
 }
 
-bool has_engine(const Conv2dProblem& a) { return pointwise::supports(a) == nullptr; }
-
 }  // namespace
 
 Conv2dProblem make_linear(DType dtype, int64_t rows, int64_t in, const TensorView& w) {
@@ -29,26 +25,19 @@ Conv2dProblem make_linear(DType dtype, int64_t rows, int64_t in, const TensorVie
 }
 
 void linear(const Conv2dProblem& a, const void* x, const TensorView& w, const void* bias, void* y) {
-  if (a.n * a.k == 0) return;
-  const ForwardArguments args{x, as_kernel(w), bias, nullptr, Activation::kNone, y};
-  if (!a.empty() && has_engine(a)) return pointwise::forward(a, args);
-  reference::forward(a, args);
+  conv2d_forward(a, {x, as_kernel(w), bias, nullptr, Activation::kNone, y});
 }
 
 void linear_backward_input(const Conv2dProblem& a, const void* dy, const TensorView& w, void* dx) {
-  if (a.n * a.c == 0) return;
-  const BackwardInputArguments args{dy, as_kernel(w), dx};
-  if (!a.empty() && has_engine(a)) return pointwise::backward_input(a, args);
-  reference::backward_input(a, args);
+  conv2d_backward_input(a, {dy, as_kernel(w), dx});
 }
 
 void linear_backward_weight(const Conv2dProblem& a, const void* dy, const void* x, const TensorView& dw) {
-  if (a.k * a.c == 0) return;
-  const BackwardWeightArguments args{dy, x, as_kernel(dw)};
-  if (!a.empty() && has_engine(a)) return pointwise::backward_weight(a, args);
-  reference::backward_weight(a, args);
+  conv2d_backward_weight(a, {dy, x, as_kernel(dw)});
 }
 
-void linear_backward_bias(const Conv2dProblem& a, const void* dy, void* db) { conv2d_backward_bias(a, dy, db); }
+void linear_backward_bias(const Conv2dProblem& a, const void* dy, void* db) {
+  channel_sums(a.dtype, a.n, a.k, dy, db);
+}
 
 }  // namespace fastconv::cpu

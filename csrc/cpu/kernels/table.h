@@ -8,6 +8,7 @@
 #include "cpu/kernels/loss.h"
 #include "cpu/kernels/optimizer.h"
 #include "cpu/kernels/pool2d.h"
+#include "cpu/kernels/roofline.h"
 
 namespace fastconv::cpu {
 
@@ -34,6 +35,7 @@ struct KernelTable {
   Typed<ElementwiseKernels> elementwise;
   Typed<LossKernels> loss;
   Typed<OptimizerKernels> optimizer;
+  RooflineKernels roofline;
 };
 
 }  // namespace fastconv::cpu

@@ -8,6 +8,7 @@
 #include "cpu/kernels/loss.inl.h"
 #include "cpu/kernels/optimizer.inl.h"
 #include "cpu/kernels/pool2d.inl.h"
+#include "cpu/kernels/roofline.inl.h"
 #include "cpu/kernels/table.h"
 
 namespace fastconv::cpu {
@@ -40,6 +41,7 @@ constexpr KernelTable kernel_table() {
       {elementwise_kernels<float>(), elementwise_kernels<double>()},
       {loss_kernels<float>(), loss_kernels<double>()},
       {optimizer_kernels<float>(), optimizer_kernels<double>()},
+      roofline_kernels(),
   };
 }
 

@@ -23,7 +23,14 @@ from .activation import (
     tanh,
     tanh_backward,
 )
-from .conv import conv2d, conv2d_backward, conv_transpose2d, conv_transpose2d_backward, explain
+from .conv import (
+    conv2d,
+    conv2d_backward,
+    conv2d_output_shape,
+    conv_transpose2d,
+    conv_transpose2d_backward,
+    explain,
+)
 from .dropout import dropout, dropout_backward
 from .linear import linear, linear_backward
 from .loss import (
@@ -86,6 +93,7 @@ __all__ = [
     "batch_norm_train",
     "conv2d",
     "conv2d_backward",
+    "conv2d_output_shape",
     "conv_transpose2d",
     "conv_transpose2d_backward",
     "explain",

@@ -36,11 +36,13 @@ def _from_dlpack(x: Array, name: str) -> np.ndarray:
             f"{name} must be a numpy array, a torch tensor or another DLPack exporter, "
             f"got {type(x).__name__}"
         )
-    if getattr(x, "requires_grad", False) and type(x).__module__.split(".")[0] == "torch":
-        raise TypeError(
-            f"{name} requires grad: these operations do not record torch's autograd; "
-            "pass x.detach(), or wrap them in a torch.autograd.Function"
-        )
+    if getattr(x, "requires_grad", False) and type(x).__module__.partition(".")[0] == "torch":
+        if sys.modules["torch"].is_grad_enabled():
+            raise TypeError(
+                f"{name} requires grad: these operations do not record torch's autograd; "
+                "pass x.detach(), or wrap them in a torch.autograd.Function"
+            )
+        x = x.detach()  # inside a torch.autograd.Function, or under no_grad: nothing is recorded
     device = x.__dlpack_device__()
     if int(device[0]) != 1:
         raise TypeError(f"{name} must be on the CPU, got DLPack device {tuple(map(int, device))}")

@@ -199,3 +199,23 @@ def explain(
         direction,
     )
     return [(name, reason or None) for name, reason in rows]
+
+
+def conv2d_output_shape(
+    x_shape: Any,
+    w_shape: Any,
+    stride: Any = 1,
+    padding: PaddingLike = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> tuple[int, int, int, int]:
+    """(N, K, P, Q) of :func:`conv2d` for an input and a weight of these shapes; raises as conv2d does."""
+    n, k, p, q = _C.conv2d_output_shape(
+        [integer(v, "x_shape") for v in x_shape],
+        [integer(v, "w_shape") for v in w_shape],
+        pair(stride, "stride"),
+        padding_sides(padding),
+        pair(dilation, "dilation"),
+        integer(groups, "groups"),
+    )
+    return n, k, p, q
