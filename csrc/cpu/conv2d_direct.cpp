@@ -15,6 +15,8 @@ namespace {
 
 // A packed band should stay in L2 beside the weight panel that runs over it.
 constexpr int64_t kBandFloats = 96 * 1024;
+// So should the part of a weight panel that all tiles of the band read in turn.
+constexpr int64_t kPanelFloats = 96 * 1024;
 // Chunks wanted at least, so that many cores find work.
 constexpr int64_t kMinChunks = 32;
 
@@ -104,28 +106,32 @@ PackedWeights pack_weights(const DirectProblem& d, const Panels& panels) {
   return packed;
 }
 
-// All output pixels of one band for one panel of channels.
+// All output pixels of one band for one panel of channels, summing over channel blocks [blocks.begin, blocks.end).
 void run_panel(const DirectProblem& d, const Band& band, const BandRange& range, const float* w, int64_t g,
-               int64_t panel, const Panels& panels, std::vector<DirectTile::Tap>& taps) {
+               int64_t panel, const Panels& panels, Range blocks, std::vector<DirectTile::Tap>& taps) {
   const auto& k = kernels().conv2d;
   const int64_t row_taps = d.rows.taps.size(), column_taps = d.columns.taps.size();
   const int64_t channel = g * d.outs + panel * panels.tile_k;
   const int64_t vectors = panels.width(panel) / panels.lanes;
   const int64_t width = range.x1 - range.x0;
+  const bool last = blocks.end == band.blocks();
+  const float* x = band.data() + blocks.begin * band.block_stride();
 
   DirectTile t{};
   t.taps = taps.data();
   t.panel_taps = row_taps * column_taps;
-  t.blocks = band.blocks();
+  t.blocks = blocks.end - blocks.begin;
   t.block_stride = band.block_stride();
-  t.last_channels = d.source.channels - (band.blocks() - 1) * d.block;
-  t.w = w;
-  t.bias = d.epilogue.bias ? d.epilogue.bias + channel : nullptr;
-  t.low = d.epilogue.low, t.high = d.epilogue.high;
+  t.last_channels = last ? d.source.channels - (band.blocks() - 1) * d.block : d.block;
+  t.w = w + blocks.begin * t.panel_taps * d.block * panels.width(panel);
+  t.continued = blocks.begin > 0;
+  const Epilogue epilogue = last ? d.epilogue : Epilogue{};
+  t.bias = epilogue.bias ? epilogue.bias + channel : nullptr;
+  t.low = epilogue.low, t.high = epilogue.high;
   t.row_stride = d.rows.out_step * d.y_w * d.y_pixel;
   t.pixel_stride = d.columns.out_step * d.y_pixel;
   t.channels = panels.channels(panel);
-  t.streaming = d.streaming;
+  t.streaming = d.streaming && last;
 
   for (int64_t n = range.n0; n < range.n1; ++n)
     for (int64_t y = range.y0; y < range.y1;) {
@@ -138,7 +144,7 @@ void run_panel(const DirectProblem& d, const Band& band, const BandRange& range,
           if (at[0] < 0 && at[1] < 0) continue;  // these rows lie in the padding
           DirectTile::Tap& tap = taps[t.tap_count++];
           for (int64_t i = 0; i < rows; ++i)
-            tap.x[i] = band.data() + (at[i] >= 0 ? at[i] : band.zero_offset(s, range.x0));
+            tap.x[i] = x + (at[i] >= 0 ? at[i] : band.zero_offset(s, range.x0));
           tap.index = r * column_taps + s;
         }
       const int64_t tiles = ceil_divide(width * rows, k.tile_pixels);
@@ -148,7 +154,7 @@ void run_panel(const DirectProblem& d, const Band& band, const BandRange& range,
                             (range.x0 + part.begin) * d.columns.out_step) * d.y_pixel + channel;
         t.x_offset = part.begin * d.block;
         t.y = d.y + at;
-        t.residual = d.epilogue.residual ? d.epilogue.residual + at : nullptr;
+        t.residual = epilogue.residual ? epilogue.residual + at : nullptr;
         k.direct[d.block == kBlock ? 0 : 1][vectors - 1][rows - 1][part.end - part.begin - 1](t);
       }
       y += rows;
@@ -182,8 +188,13 @@ void run(const DirectProblem& d) {
                   range.x1);
         std::vector<DirectTile::Tap> taps(d.rows.taps.size() * d.columns.taps.size());
         const Range mine = split(panels.count(), panel_parts, part);
+        // Every tile reads its whole part of a panel, which must stay in L2 from tile to tile.
+        const int64_t block_floats = taps.size() * d.block * panels.tile_k;
+        const int64_t parts = std::clamp<int64_t>(band.blocks() * block_floats / kPanelFloats, 1, band.blocks());
         for (int64_t panel = mine.begin; panel < mine.end; ++panel)
-          run_panel(d, band, range, weights.panel(g * panels.count() + panel), g, panel, panels, taps);
+          for (int64_t j = 0; j < parts; ++j)
+            run_panel(d, band, range, weights.panel(g * panels.count() + panel), g, panel, panels,
+                      split(band.blocks(), parts, j), taps);
       },
       threads);
 }
@@ -258,9 +269,10 @@ void run(const WeightGradientProblem& d) {
   // taps a packed band is worth one panel, with one tap it takes several to repay the packing.
   const int64_t slots = d.groups * panels.count();
   const int64_t slot_floats = shape.blocks() * taps * kBlock * panels.tile_k;
-  const int64_t panel_parts = ceil_divide(panels.count(), taps >= 4 ? 1 : 4);
+  int64_t panel_parts = ceil_divide(panels.count(), taps >= 4 ? 1 : 4);
   const int64_t parts =
       std::clamp<int64_t>(ceil_divide(kGradientChunks, d.groups * panel_parts), 1, std::min<int64_t>(b.bands(), 16));
+  panel_parts = std::clamp(ceil_divide(kGradientChunks, d.groups * parts), panel_parts, panels.count());
   Buffer sums(parts * slots * slot_floats * sizeof(float));
 
   const int64_t pixels = b.images * b.rows * b.columns;

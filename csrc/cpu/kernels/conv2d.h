@@ -38,6 +38,7 @@ struct DirectTile {
   int64_t row_stride, pixel_stride;  // of y and residual
   int64_t channels;         // channels to store, <= tile_k
   float low, high;
+  bool continued;           // the sum goes on from what y holds
   bool streaming;           // non-temporal stores; y and pixel_stride aligned to a vector
 };
 using DirectTileFunction = void (*)(const DirectTile&);

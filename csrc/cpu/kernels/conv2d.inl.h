@@ -22,6 +22,18 @@ void direct_tile(const DirectTile& t) {
   for (int p = 0; p < ROWS * P; ++p)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) acc[p][v] = zero();
+  if (t.continued) {
+#pragma GCC unroll 2
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+      for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+          const float* from = t.y + r * t.row_stride + p * t.pixel_stride + v * kLanes;
+          const int64_t n = t.channels - v * kLanes;
+          acc[r * P + p][v] = n >= kLanes ? load(from) : load_first(from, n > 0 ? n : 0);
+        }
+  }
 
   for (int64_t b = 0; b < t.blocks; ++b) {
     const int64_t channels = b + 1 < t.blocks ? BLOCK : t.last_channels;
