@@ -11,6 +11,7 @@ Comput. 41, 2019).
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -204,6 +205,23 @@ def conv_transpose2d_backward(
 # -------------------------------------------------------------------------------------------------
 # Activations: the function in float64, and its Lipschitz constant for those that can be fused.
 
+
+def gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
+    """Written so that nothing cancels: F.gelu's x / 2 (1 + erf) is 0 below -8.3, even in float64."""
+    if approximate == "none":
+        return x / 2 * torch.special.erfc(-x / math.sqrt(2))
+    return x * torch.sigmoid(gelu_tanh_argument(x))
+
+
+def gelu_tanh_argument(x: torch.Tensor) -> torch.Tensor:
+    return math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)
+
+
+def hardsigmoid(x: torch.Tensor) -> torch.Tensor:
+    """F.hardsigmoid's gradient is dy * float32(1 / 6), also in float64."""
+    return F.relu6(x + 3) / 6
+
+
 ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
     "relu": F.relu,
     "relu6": F.relu6,
@@ -212,8 +230,8 @@ ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "silu": F.silu,
-    "gelu": F.gelu,
-    "hardsigmoid": F.hardsigmoid,
+    "gelu": gelu,
+    "hardsigmoid": hardsigmoid,
     "hardswish": F.hardswish,
 }
 FUSED_ACTIVATIONS = {
@@ -236,9 +254,26 @@ def activation_backward(name: str, dy: Array, x: Array, **arguments: object) -> 
     return torch.autograd.grad(y, a, as_tensor(dy))[0].numpy()
 
 
-def activation_limit(x: Array, y: Array) -> Array:
-    """Relative to the result, and to the argument where the result cancels (GELU's tail)."""
-    return 8 * U * (np.abs(y) + np.minimum(np.abs(x), 1))
+def activation_limit(
+    name: str | None, x: Array, y: Array, approximate: str = "none", u: float = U
+) -> Array:
+    """8 u |y|: every function can be computed without cancellation, a few roundings of u each.
+
+    GELU's left tail is exp of a rounded number, z = x^2 / 2 or the argument of the logistic
+    function: z has a relative error of a few u (2 for the product with 1 / sqrt 2, squared; 5 for
+    the cubic), exp makes it an absolute one, z times as large.
+
+    Where a factor of the result, or the result, is below 2^-126, it is rounded to a multiple of
+    2^-149, whatever its size. The other factor is |x| (sigmoid(x) is 0 from -104 on) or 1.
+    """
+    amplification = np.zeros_like(y)
+    if name == "gelu":
+        tail = as_tensor(np.minimum(x, 0))
+        if approximate == "none":
+            amplification = 2 * tail.numpy() ** 2
+        else:
+            amplification = 5 * abs(gelu_tanh_argument(tail).numpy())
+    return (8 + amplification) * u * np.abs(y) + 2.0**-149 * np.minimum(1 + np.abs(x), 128)
 
 
 # -------------------------------------------------------------------------------------------------

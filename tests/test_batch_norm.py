@@ -83,7 +83,7 @@ def check_forward(case: Case, y: np.ndarray) -> None:
     limit = case.channel(case.limit()) * scale
     if case.activation is not None:
         limit = limit * reference.FUSED_ACTIVATIONS[case.activation]
-        limit = limit + reference.activation_limit(scale, ref)
+        limit = limit + reference.activation_limit(case.activation, scale, ref)
     assert_within(y, ref, limit, "y")
 
 

@@ -211,7 +211,7 @@ def test_bias_activation_residual(case, activation, isa):
             limit = 2 * reference.U * (np.sqrt(terms) + 2) * scale
             if activation is not None:
                 limit = limit * reference.FUSED_ACTIVATIONS[activation]
-                limit = limit + reference.activation_limit(before, ref)
+                limit = limit + reference.activation_limit(activation, before, ref)
             for algorithm, y in each_algorithm(
                 lambda bias=bias, given=given: fc.conv2d(
                     x, data.w, bias, **case.arguments, activation=activation, residual=given

@@ -20,6 +20,13 @@ def draw(*shape: int, seed: int = 0) -> Array:
     return np.random.default_rng(seed).standard_normal(shape)
 
 
+class ExactHardsigmoid(torch.nn.Module):
+    """torch.nn.Hardsigmoid multiplies gradients by float32(1 / 6), also those of float64."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.relu6(x + 3) / 6
+
+
 IMAGES = draw(3, 4, 9, 8)
 ROWS = draw(5, 6)
 # (our layer, PyTorch's layer, input)
@@ -89,7 +96,7 @@ LAYERS: dict[str, Pair] = {
     "tanh": (nn.Tanh, torch.nn.Tanh, IMAGES),
     "silu": (nn.SiLU, torch.nn.SiLU, IMAGES),
     "gelu": (lambda: nn.GELU("tanh"), lambda: torch.nn.GELU("tanh"), IMAGES),
-    "hardsigmoid": (nn.Hardsigmoid, torch.nn.Hardsigmoid, 4 * IMAGES),
+    "hardsigmoid": (nn.Hardsigmoid, ExactHardsigmoid, 4 * IMAGES),
     "hardswish": (nn.Hardswish, torch.nn.Hardswish, 4 * IMAGES),
     "softmax": (lambda: nn.Softmax(1), lambda: torch.nn.Softmax(1), ROWS),
     "log_softmax": (lambda: nn.LogSoftmax(1), lambda: torch.nn.LogSoftmax(1), ROWS),

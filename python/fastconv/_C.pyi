@@ -1,4 +1,6 @@
-"""The compiled kernels. Arrays are numpy arrays in native byte order; the package's functions check and convert."""
+"""The compiled kernels. Arrays are numpy's, in native byte order; the package converts."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -81,3 +83,138 @@ def explain_conv2d(
     direction: str,
 ) -> list[tuple[str, str]]: ...
 def set_algorithm(name: str) -> None: ...
+
+# Pooling
+def max_pool2d(
+    x: np.ndarray,
+    kernel_size: _Pair,
+    stride: _Pair,
+    padding: _Pair,
+    dilation: _Pair,
+    ceil_mode: bool,
+    return_indices: bool,
+) -> tuple[np.ndarray, np.ndarray | None]: ...
+def max_pool2d_backward(
+    dy: np.ndarray,
+    x: np.ndarray,
+    kernel_size: _Pair,
+    stride: _Pair,
+    padding: _Pair,
+    dilation: _Pair,
+    ceil_mode: bool,
+    indices: np.ndarray | None,
+) -> np.ndarray: ...
+def avg_pool2d(
+    x: np.ndarray,
+    kernel_size: _Pair,
+    stride: _Pair,
+    padding: _Pair,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> np.ndarray: ...
+def avg_pool2d_backward(
+    dy: np.ndarray,
+    x: np.ndarray,
+    kernel_size: _Pair,
+    stride: _Pair,
+    padding: _Pair,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> np.ndarray: ...
+def adaptive_avg_pool2d(x: np.ndarray, output_size: _Pair) -> np.ndarray: ...
+def adaptive_avg_pool2d_backward(dy: np.ndarray, x: np.ndarray) -> np.ndarray: ...
+
+# Batch normalisation
+def batch_norm_train(
+    x: np.ndarray,
+    weight: np.ndarray | None,
+    bias: np.ndarray | None,
+    running_mean: np.ndarray | None,
+    running_var: np.ndarray | None,
+    momentum: float,
+    eps: float,
+    residual: np.ndarray | None,
+    activation: str,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+def batch_norm_eval(
+    x: np.ndarray,
+    running_mean: np.ndarray,
+    running_var: np.ndarray,
+    weight: np.ndarray | None,
+    bias: np.ndarray | None,
+    eps: float,
+    residual: np.ndarray | None,
+    activation: str,
+) -> np.ndarray: ...
+def batch_norm_backward(
+    dy: np.ndarray,
+    x: np.ndarray,
+    weight: np.ndarray | None,
+    mean: np.ndarray,
+    rstd: np.ndarray,
+    bias: np.ndarray | None,
+    residual: np.ndarray | None,
+    activation: str,
+    training: bool,
+    needs: list[bool],
+) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None, np.ndarray | None]: ...
+
+# Elementwise
+def elementwise(name: str, x: np.ndarray, parameter: float) -> np.ndarray: ...
+def elementwise_backward(
+    name: str, dy: np.ndarray, x: np.ndarray, parameter: float
+) -> np.ndarray: ...
+def add(a: np.ndarray, b: np.ndarray) -> np.ndarray: ...
+def dropout(x: np.ndarray, p: float, seed: int, offset: int) -> np.ndarray: ...
+
+# Linear and losses
+def linear(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None) -> np.ndarray: ...
+def linear_backward(
+    dy: np.ndarray, x: np.ndarray, w: np.ndarray, needs: list[bool]
+) -> _Gradients: ...
+def softmax(x: np.ndarray, dim: int, logarithm: bool) -> np.ndarray: ...
+def softmax_backward(dy: np.ndarray, y: np.ndarray, dim: int, logarithm: bool) -> np.ndarray: ...
+def cross_entropy(
+    logits: np.ndarray,
+    target: np.ndarray,
+    weight: np.ndarray | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> np.ndarray: ...
+def cross_entropy_backward(
+    dloss: np.ndarray,
+    logits: np.ndarray,
+    target: np.ndarray,
+    weight: np.ndarray | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> np.ndarray: ...
+
+# Optimisers: everything is updated in place; a parameter whose gradient is None is left alone.
+def sgd_step(
+    params: Sequence[np.ndarray],
+    grads: Sequence[np.ndarray | None],
+    momenta: Sequence[np.ndarray] | None,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: Sequence[float],
+    nesterov: bool,
+    first: bool,
+) -> None: ...
+def adamw_step(
+    params: Sequence[np.ndarray],
+    grads: Sequence[np.ndarray | None],
+    exp_avg: Sequence[np.ndarray],
+    exp_avg_sq: Sequence[np.ndarray],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: Sequence[float],
+) -> None: ...

@@ -1,7 +1,8 @@
 """fastconv: convolutional networks on handwritten kernels, with numpy as the only dependency.
 
-Every operation and its backward is a function here (``fastconv.conv2d``, ``fastconv.conv2d_backward``, ...), taking numpy
-arrays, torch tensors or anything with DLPack. ``fastconv.nn``, ``optim``, ``data``, ``models`` and ``train`` build on them.
+Every operation and its backward is a function here (``fastconv.conv2d``,
+``fastconv.conv2d_backward``, ...), taking numpy arrays, torch tensors or anything with DLPack.
+``fastconv.nn``, ``optim``, ``data``, ``models`` and ``train`` build on them.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def _add_train(commands: Any) -> None:
             "folder with the files of the data set; for `folder` it holds train/ and test/",
         ),
         ("image-size", int, "height and width that images of `folder` are scaled to (32)"),
-        ("epochs", int, "times through the training images (8)"),
+        ("epochs", int, "times through the training images (12)"),
         ("batch-size", int, "images a step (64)"),
         ("optimizer", str, "adamw or sgd (adamw)"),
         ("lr", float, "learning rate (0.002 for adamw, 0.05 for sgd)"),

@@ -25,7 +25,7 @@ def cpu_model() -> str:
 
 
 def openmp_runtimes() -> list[str]:
-    """Paths of the OpenMP runtimes loaded in this process. More than one means that threads may oversubscribe."""
+    """Paths of this process's OpenMP runtimes; with more than one, threads may oversubscribe."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
@@ -46,7 +46,7 @@ def collect() -> dict[str, Any]:
         "isa": runtime.isa(),
         "isas_available": runtime.available_isas(),
         "threads": runtime.get_num_threads(),
-        "cpus_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus_usable": len(os.sched_getaffinity(0)),
         "openmp_runtimes": openmp_runtimes(),
         "gpu": "none: this version has CPU kernels only",
         "allocator": runtime.memory_stats(),

@@ -7,7 +7,7 @@ from .ops._arrays import integer
 
 
 def set_num_threads(threads: int) -> None:
-    """Use this many threads from now on, in the whole process. Results have the same bits for every number.
+    """Use this many threads from now on, in the whole process; results keep their bits.
 
     Raises ValueError unless 1 <= threads <= 1024.
     """
@@ -15,12 +15,12 @@ def set_num_threads(threads: int) -> None:
 
 
 def get_num_threads() -> int:
-    """The threads in use: as set, else what OpenMP gives (OMP_NUM_THREADS, CPU affinity); 1 in a forked child."""
+    """The threads in use: as set, else OpenMP's (OMP_NUM_THREADS, affinity); 1 after fork."""
     return _C.get_num_threads()
 
 
 def isa() -> str:
-    """The instruction set that the kernels use: "avx512", "avx2" or "portable"; FASTCONV_ISA overrides the choice."""
+    """The kernels' instruction set, "avx512", "avx2" or "portable"; FASTCONV_ISA overrides it."""
     return _C.isa()
 
 
@@ -30,7 +30,8 @@ def available_isas() -> list[str]:
 
 
 def memory_stats() -> dict[str, int]:
-    """The caching allocator: bytes_in_use, bytes_cached, peak_bytes_in_use, allocations, cache_hits, limit (0: none)."""
+    """Of the caching allocator: bytes_in_use, bytes_cached, peak_bytes_in_use, allocations,
+    cache_hits, limit (0: none)."""
     return _C.memory_stats()
 
 
@@ -40,7 +41,7 @@ def reset_peak_memory_stats() -> None:
 
 
 def set_memory_limit(limit: int | None) -> None:
-    """Cap the memory of arrays and workspaces, in bytes; a call that needs more raises MemoryError. None: no cap."""
+    """Cap arrays and workspaces at this many bytes: beyond it MemoryError. None: no cap."""
     limit = 0 if limit is None else integer(limit, "limit")
     if limit < 0:
         raise ValueError(f"limit must not be negative, got {limit}")

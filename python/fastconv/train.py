@@ -75,7 +75,7 @@ class TrainConfig:
     data: str = "mnist5k"
     data_dir: str | None = None
     image_size: int = 32  # height and width that the data set "folder" is scaled to
-    epochs: int = 8
+    epochs: int = 12
     batch_size: int = 64
     optimizer: str = "adamw"
     lr: float | None = None

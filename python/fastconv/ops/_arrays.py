@@ -1,7 +1,8 @@
 """Arrays in and out: numpy, torch, and everything that speaks DLPack.
 
-The kernels see numpy arrays only. A function converts its arguments with :func:`to_numpy` (sharing memory) and hands its
-results back with :func:`like`, in the kind of its first argument, again sharing memory.
+The kernels see numpy arrays only. A function converts its arguments with :func:`to_numpy` (sharing
+memory) and hands its results back with :func:`like`, in the kind of its first argument, again
+sharing memory.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ Array = Any  # numpy.ndarray, torch.Tensor, or any object with __dlpack__
 
 
 def to_numpy(x: Array, name: str) -> np.ndarray:
-    """A numpy array that shares memory with `x` where its bytes are fit for the kernels, else a copy.
+    """A numpy array that shares memory with `x` if its bytes are fit for the kernels, else a copy.
 
-    Raises TypeError for anything that is neither a numpy array nor an exporter of DLPack on the CPU.
+    TypeError for anything that is neither a numpy array nor an exporter of DLPack on the CPU.
     """
     if not isinstance(x, np.ndarray):
         x = _from_dlpack(x, name)

@@ -1,8 +1,8 @@
 """Convolution, its transpose, and their gradients.
 
-Shapes: x (N, C, H, W), w (K, C/groups, R, S), y (N, K, P, Q). Dtype float32, or float64 through the reference
-implementation; all arrays of a call have the same one. Any strides; channels-last memory is the native layout and is
-answered in channels-last, dense NCHW in NCHW.
+Shapes: x (N, C, H, W), w (K, C/groups, R, S), y (N, K, P, Q). Dtype float32, or float64 through the
+reference implementation; all arrays of a call have the same one. Any strides; channels-last memory
+is the native layout and is answered in channels-last, dense NCHW in NCHW.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ def conv2d(
     Args:
         x: (N, C, H, W). w: (K, C/groups, R, S). bias: (K,). residual: (N, K, P, Q).
         stride, dilation: int or (height, width).
-        padding: int, (height, width), ((top, bottom), (left, right)), "valid", or "same": output size
-            ceil(size / stride) for any stride, the odd pixel of padding at the bottom and right.
+        padding: int, (height, width), ((top, bottom), (left, right)), "valid", or "same": output
+            size ceil(size / stride) for any stride, the odd pixel of padding at the bottom and
+            right.
         activation: None, "relu", "relu6", "silu", "sigmoid", "tanh" or "hardswish", fused.
 
     Returns:
@@ -92,11 +93,11 @@ def conv2d_backward(
     groups: int = 1,
     *,
     needs: Any = (True, True, True),
-) -> tuple[Array | None, Array | None, Array | None]:
+) -> tuple[Array, Array, Array]:
     """(dx, dw, db) of :func:`conv2d` without activation; None where `needs` says so.
 
-    dy has the shape of y and is the gradient before the activation. dx has x's shape and layout, dw those of w,
-    db is (K,): the sum of dy over batch and pixels.
+    dy has the shape of y and is the gradient before the activation. dx has x's shape and layout, dw
+    those of w, db is (K,): the sum of dy over batch and pixels.
     """
     gradients = _C.conv2d_backward(
         to_numpy(dy, "dy"),
@@ -122,7 +123,7 @@ def conv_transpose2d(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Array:
-    """Transposed convolution, as torch.nn.functional.conv_transpose2d: the input gradient of a convolution.
+    """The input gradient of a convolution as an operation: torch.nn.functional.conv_transpose2d.
 
     x (N, C, H, W), w (C, K/groups, R, S), bias (K,), y (N, K, P, Q) with
     P = (H - 1) * stride - 2 * padding + dilation * (R - 1) + output_padding + 1.
@@ -152,8 +153,8 @@ def conv_transpose2d_backward(
     dilation: Any = 1,
     *,
     needs: Any = (True, True, True),
-) -> tuple[Array | None, Array | None, Array | None]:
-    """(dx, dw, db) of :func:`conv_transpose2d`; None where `needs` says so. dy has the shape of y."""
+) -> tuple[Array, Array, Array]:
+    """(dx, dw, db) of :func:`conv_transpose2d`; None where not needed. dy has the shape of y."""
     gradients = _C.conv_transpose2d_backward(
         to_numpy(dy, "dy"),
         to_numpy(x, "input"),
@@ -183,8 +184,8 @@ def explain(
 ) -> list[tuple[str, str | None]]:
     """Which implementation of "conv2d" will run, and why each faster one declines.
 
-    Returns (name, reason) rows, fastest first; the last one, with reason None, is the one that runs.
-    direction: "forward", "backward_input" or "backward_weight".
+    Returns (name, reason) rows, fastest first; the last one, with reason None, is the one that
+    runs. direction: "forward", "backward_input" or "backward_weight".
     """
     if op != "conv2d":
         raise ValueError(f"explain knows 'conv2d', got {op!r}")
@@ -209,7 +210,7 @@ def conv2d_output_shape(
     dilation: Any = 1,
     groups: int = 1,
 ) -> tuple[int, int, int, int]:
-    """(N, K, P, Q) of :func:`conv2d` for an input and a weight of these shapes; raises as conv2d does."""
+    """(N, K, P, Q) of :func:`conv2d` for these shapes; raises as conv2d does."""
     n, k, p, q = _C.conv2d_output_shape(
         [integer(v, "x_shape") for v in x_shape],
         [integer(v, "w_shape") for v in w_shape],
