@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t kBlockElements = 8192;        // of a block of rows: 32 KiB of fp32
 constexpr int64_t kMaxBlockRows = 256;          // bounds the rounding error of a block's sums
-constexpr int64_t kMinBlockRows = 16;           // bounds the work of merging blocks of many channels
+constexpr int64_t kMinBlockRows = 64;           // bounds the work of merging blocks of many channels
 constexpr int64_t kChunkElements = 64 * 1024;   // of a chunk that has sums of its own
 constexpr int64_t kMaxChunks = 64;
 

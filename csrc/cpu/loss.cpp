@@ -104,8 +104,7 @@ void cross_entropy_backward_as(const CrossEntropyProblem& a, const T* dloss, con
       }
       const double g = (a.reduction == Reduction::kNone ? dloss[i] : *dloss) / denominator;
       const double hard = g * (1 - s) * (weight ? weight[t] : T{1});
-      kernel.cross_entropy_row_backward(x, dx, a.classes, t, hard + g * smooth * all_weights, g * smooth, hard,
-                                        weight);
+      kernel.cross_entropy_row_backward(x, dx, a.classes, t, hard, g * smooth, all_weights, weight);
     }
   });
 }

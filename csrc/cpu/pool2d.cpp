@@ -36,6 +36,7 @@ PoolRow<T> row_of(const Pool2dProblem& a, const std::vector<PoolWindow>& windows
   row.rows = rows.count;
   row.row_step = a.rows.step * a.w * a.c;
   row.column_step = a.columns.step * a.c;
+  row.next_row = p + 1 < a.p() ? (a.rows.windows[p + 1].begin - rows.begin) * a.w * a.c : 0;
   row.windows = windows.data();
   row.outputs = a.q();
   row.y = y + p * a.q() * a.c;

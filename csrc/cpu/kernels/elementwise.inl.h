@@ -89,18 +89,14 @@ struct SiLU {
   }
 };
 
-// x Phi(x) with Phi(x) = erfc(-x / sqrt 2) / 2: Hendrycks and Gimpel, arXiv 1606.08415.
+// x times the normal distribution function: Hendrycks and Gimpel, arXiv 1606.08415.
 struct GELU {
   template <class T, class V>
-  static V distribution(V x) {
-    return Constant<T>::of(0.5) * erfc_lanes(x * Constant<T>::of(-0.70710678118654752440));
-  }
-  template <class T, class V>
-  static V forward(V x, V) { return x * distribution<T>(x); }
+  static V forward(V x, V) { return x * normal_distribution(x); }
   template <class T, class V>
   static V backward(V dy, V x, V) {
     const V density = Constant<T>::of(0.39894228040143267794) * exp_lanes(x * x * Constant<T>::of(-0.5));
-    return dy * (distribution<T>(x) + x * density);
+    return dy * (normal_distribution(x) + x * density);
   }
 };
 

@@ -16,9 +16,10 @@ struct LossKernels {
                                    bool logarithm);
   // maximum of a row and the sum of exp(x - maximum)
   void (*row_sums)(const T* x, int64_t n, T* maximum, T* sum);
-  // With p the softmax of x: dx[c] = total p[c] - smooth weight[c], and dx[target] less hard. weight null: 1
-  void (*cross_entropy_row_backward)(const T* x, T* dx, int64_t n, int64_t target, double total, double smooth,
-                                     double hard, const T* weight);
+  // With p the softmax of x: dx[c] = hard (p[c] - [c is target]) + smooth (all_weights p[c] - weight[c]).
+  // weight null: 1
+  void (*cross_entropy_row_backward)(const T* x, T* dx, int64_t n, int64_t target, double hard, double smooth,
+                                     double all_weights, const T* weight);
 };
 
 }  // namespace fastconv::cpu

@@ -131,17 +131,20 @@ void softmax_columns_backward(const T* dy, const T* y, T* dx, int64_t n, int64_t
   });
 }
 
-// Finished in double: where the prediction is right or smoothed labels are met, the terms cancel.
+// Finished in double, because the terms cancel where smoothed labels are met; p[target] - 1 is minus the sum of the
+// others, because it cancels where the prediction is right.
 template <class T>
-void cross_entropy_row_backward(const T* x, T* dx, int64_t n, int64_t target, double total, double smooth, double hard,
-                                const T* weight) {
+void cross_entropy_row_backward(const T* x, T* dx, int64_t n, int64_t target, double hard, double smooth,
+                                double all_weights, const T* weight) {
   row_exponentials(x, dx, n, row_maximum(x, n));
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += dx[i];
-  const double scale = total / sum;
-  const double at_target = scale * dx[target] - smooth * (weight ? weight[target] : T{1}) - hard;
+  const double own = dx[target];
+  double others = 0;
+  for (int64_t i = 0; i < target; ++i) others += dx[i];
+  for (int64_t i = target + 1; i < n; ++i) others += dx[i];
+  const double sum = others + own, spread = smooth * all_weights / sum, scale = hard / sum + spread;
+  const double own_share = smooth * (weight ? weight[target] : T{1});
   for (int64_t i = 0; i < n; ++i) dx[i] = static_cast<T>(scale * dx[i] - smooth * (weight ? weight[i] : T{1}));
-  dx[target] = static_cast<T>(at_target);
+  dx[target] = static_cast<T>(spread * own - own_share - hard * (others / sum));
 }
 
 template <class T>

@@ -19,6 +19,7 @@ struct PoolRow {
   T* dx;                 // the same place of the gradient
   int64_t rows;          // image rows that the windows cover; 0: all in the padding
   int64_t row_step, column_step;
+  int64_t next_row;      // from an element to the same one of the next row of windows
   const PoolWindow* windows;
   int64_t outputs;
   T* y;                  // or dy
