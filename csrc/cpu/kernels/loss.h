@@ -5,8 +5,7 @@
 
 namespace fastconv::cpu {
 
-template <class T>
-struct LossKernels {
+template <class T> struct LossKernels {
   // One row of n contiguous elements, result in y. logarithm: log softmax.
   void (*softmax_row)(const T* x, T* y, int64_t n, bool logarithm);
   void (*softmax_row_backward)(const T* dy, const T* y, T* dx, int64_t n, bool logarithm);

@@ -61,9 +61,9 @@ inline Vec tanh_lanes(Vec x) {
   return with_sign_of(absolute(t / (t + set1(2.0f))), x);
 }
 
-// Twice the normal distribution function at -|x|: erfc(z) = exp(-z^2) t P(t) with z = |x| / sqrt 2 and t = 1 / (1 + z / 2).
-// P: minimax fit of degree 9 to erfcx(z) / t for 0 <= z <= 10 (Remez-like reweighted least squares), relative error 2e-8.
-// The exponential is taken in two parts, because rounding z^2 alone would cost z^2 units of precision.
+// Twice the normal distribution function at -|x|: erfc(z) = exp(-z^2) t P(t) with z = |x| / sqrt 2 and t = 1 / (1 + z /
+// 2). P: minimax fit of degree 9 to erfcx(z) / t for 0 <= z <= 10 (Remez-like reweighted least squares), relative error
+// 2e-8. The exponential is taken in two parts, because rounding z^2 alone would cost z^2 units of precision.
 inline Vec two_sided_tail(Vec x) {
   const Vec z = clamp(absolute(x) * set1(0.70710678118654752440f), set1(0.0f), set1(10.5f));  // there it is 0
   const Vec t = set1(1.0f) / fma(z, set1(0.5f), set1(1.0f));

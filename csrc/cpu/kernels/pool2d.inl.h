@@ -8,11 +8,10 @@
 namespace fastconv::cpu {
 namespace {
 
-template <class T>
-constexpr T kMinusInfinity = -static_cast<T>(__builtin_inff());
+template <class T> constexpr T kMinusInfinity = -static_cast<T>(__builtin_inff());
 
-// body(r, s, offset of the element) for the elements of a window in row-major order. R x S is the window's size where it
-// is known to the compiler, 0 x 0 otherwise.
+// body(r, s, offset of the element) for the elements of a window in row-major order. R x S is the window's size where
+// it is known to the compiler, 0 x 0 otherwise.
 template <int R, int S, class T, class Body>
 __attribute__((always_inline)) inline void for_window(const PoolRow<T>& t, const PoolWindow& window, Body&& body) {
   if constexpr (R > 0) {
@@ -27,8 +26,7 @@ __attribute__((always_inline)) inline void for_window(const PoolRow<T>& t, const
 }
 
 // body(Size<R, S>, q) for every output of the row: the common windows have loops of their own.
-template <int R, int S>
-struct Size {
+template <int R, int S> struct Size {
   static constexpr int rows = R, columns = S;
 };
 template <class T, class Body>
@@ -44,15 +42,13 @@ __attribute__((always_inline)) inline void for_outputs(const PoolRow<T>& t, Body
   }
 }
 
-// Each element fetches the one that the next row of outputs will need in its place: with a few operations on every cache
-// line the processor does not look that far ahead itself.
-template <class T>
-inline void prefetch_next(const PoolRow<T>& t, int64_t at) {
+// Each element fetches the one that the next row of outputs will need in its place: with a few operations on every
+// cache line the processor does not look that far ahead itself.
+template <class T> inline void prefetch_next(const PoolRow<T>& t, int64_t at) {
   prefetch(reinterpret_cast<const float*>(t.x + at + t.next_row));
 }
 
-template <class T>
-void max_row(const PoolRow<T>& t) {
+template <class T> void max_row(const PoolRow<T>& t) {
   using V = typename Lanes<T>::V;
   for_outputs(t, [&](auto size, int64_t q) {
     for_lanes<T>(t.channels, [&](auto tail, int64_t c, int64_t n) {
@@ -68,8 +64,7 @@ void max_row(const PoolRow<T>& t) {
   });
 }
 
-template <class T>
-void max_row_index(const PoolRow<T>& t, int64_t plane, int64_t* index) {
+template <class T> void max_row_index(const PoolRow<T>& t, int64_t plane, int64_t* index) {
   using V = typename Lanes<T>::V;
   using I = typename Lanes<T>::I;
   using Int = typename Lanes<T>::Int;
@@ -96,8 +91,7 @@ void max_row_index(const PoolRow<T>& t, int64_t plane, int64_t* index) {
     });
 }
 
-template <class T, bool ACCUMULATE>
-void max_row_backward_as(const PoolRow<T>& t) {
+template <class T, bool ACCUMULATE> void max_row_backward_as(const PoolRow<T>& t) {
   using V = typename Lanes<T>::V;
   using I = typename Lanes<T>::I;
   using Int = typename Lanes<T>::Int;
@@ -128,20 +122,17 @@ void max_row_backward_as(const PoolRow<T>& t) {
   });
 }
 
-template <class T>
-void max_row_backward(const PoolRow<T>& t) {
+template <class T> void max_row_backward(const PoolRow<T>& t) {
   if (t.accumulate) return max_row_backward_as<T, true>(t);
   return max_row_backward_as<T, false>(t);
 }
 
-template <class T>
-T divisor_of(const PoolRow<T>& t, const PoolWindow& window) {
+template <class T> T divisor_of(const PoolRow<T>& t, const PoolWindow& window) {
   return t.divisor != 0 ? t.divisor : static_cast<T>(t.row_extent * window.extent);
 }
 
 // Sums each row of the window before adding it: the error of a sum over an image grows with its side, not its area.
-template <class T>
-void average_row(const PoolRow<T>& t) {
+template <class T> void average_row(const PoolRow<T>& t) {
   using V = typename Lanes<T>::V;
   for (int64_t q = 0; q < t.outputs; ++q) {
     const PoolWindow& window = t.windows[q];
@@ -160,8 +151,7 @@ void average_row(const PoolRow<T>& t) {
   }
 }
 
-template <class T, bool ACCUMULATE>
-void average_row_backward_as(const PoolRow<T>& t) {
+template <class T, bool ACCUMULATE> void average_row_backward_as(const PoolRow<T>& t) {
   using V = typename Lanes<T>::V;
   for (int64_t q = 0; q < t.outputs; ++q) {
     const PoolWindow& window = t.windows[q];
@@ -178,14 +168,12 @@ void average_row_backward_as(const PoolRow<T>& t) {
   }
 }
 
-template <class T>
-void average_row_backward(const PoolRow<T>& t) {
+template <class T> void average_row_backward(const PoolRow<T>& t) {
   if (t.accumulate) return average_row_backward_as<T, true>(t);
   return average_row_backward_as<T, false>(t);
 }
 
-template <class T>
-constexpr Pool2dKernels<T> pool2d_kernels() {
+template <class T> constexpr Pool2dKernels<T> pool2d_kernels() {
   return {max_row<T>, max_row_index<T>, max_row_backward<T>, average_row<T>, average_row_backward<T>};
 }
 

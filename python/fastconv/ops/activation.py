@@ -1,10 +1,12 @@
 """Elementwise operations: activations with their gradients, and sums.
 
-Arrays of any shape, float32 or float64. A dense array, in whatever order of dimensions, is answered in the same order of
-memory; anything else is copied first. Each <name>_backward(dy, x, ...) returns dy times the derivative at x, shaped and laid
-out like x; the derivatives at the kinks are PyTorch's. NaN stays NaN.
+Arrays of any shape, float32 or float64. A dense array, in whatever order of dimensions, is answered
+in the same order of memory; anything else is copied first. Each <name>_backward(dy, x, ...) returns
+dy times the derivative at x, shaped and laid out like x; the derivatives at the kinks are
+PyTorch's. NaN stays NaN.
 
-All raise TypeError for other dtypes and ValueError for shapes that differ; the message has the values.
+All raise TypeError for other dtypes and ValueError for shapes that differ; the message has the
+values.
 """
 
 from __future__ import annotations
@@ -119,7 +121,7 @@ def _gelu_name(approximate: str) -> str:
 
 
 def gelu(x: Array, approximate: str = "none") -> Array:
-    """x times the normal distribution function (1 + erf(x / sqrt 2)) / 2 (Hendrycks and Gimpel, arXiv 1606.08415).
+    """x times the normal distribution function (Hendrycks and Gimpel, arXiv 1606.08415).
 
     approximate="tanh": 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
     """

@@ -1,8 +1,9 @@
 """Dropout (Srivastava et al., JMLR 15, 2014) with a mask that is computed, not stored.
 
-Element i, counted in logical row-major order whatever the layout, is dropped if word offset + i of the sequence `seed` falls
-below p. The words come from the counter-based generator Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
-1, 2, 3", SC 2011), so the backward draws the same mask again and the bits do not depend on threads, ISA or layout.
+Element i, counted in logical row-major order whatever the layout, is dropped if word offset + i of
+the sequence `seed` falls below p. The words come from the counter-based generator Philox4x32-10
+(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), so the backward draws the
+same mask again and the bits do not depend on threads, ISA or layout.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ def _word(value: Any, name: str) -> int:
     return number
 
 
-def dropout(x: Array, p: float = 0.5, training: bool = True, *, seed: int, offset: int = 0) -> Array:
+def dropout(
+    x: Array, p: float = 0.5, training: bool = True, *, seed: int, offset: int = 0
+) -> Array:
     """Each element 0 with probability p, else x / (1 - p); a copy of x unless training.
 
-    x: any shape, float32 or float64; the result has its layout. Two calls with the same seed are independent if the second
-    has offset >= the first's offset + x.size.
+    x: any shape, float32 or float64; the result has its layout. Two calls with the same seed are
+    independent if the second has offset >= the first's offset + x.size.
 
     Raises ValueError unless 0 <= p <= 1, and unless seed and offset are in [0, 2**64).
     """

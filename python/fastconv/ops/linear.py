@@ -1,7 +1,9 @@
-"""The dense layer y = x w^T + b and its gradients: x (..., in), w (out, in), b (out,), y (..., out).
+"""The dense layer y = x w^T + b and its gradients.
 
-float32 or float64, any strides; results are row-major. Raises ValueError for shapes that do not fit (the message has the
-values) and TypeError for wrong dtypes.
+Shapes: x (..., in), w (out, in), b (out,), y (..., out).
+
+float32 or float64, any strides; results are row-major. Raises ValueError for shapes that do not fit
+(the message has the values) and TypeError for wrong dtypes.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ def linear(x: Array, w: Array, bias: Array | None = None) -> Array:
 def linear_backward(
     dy: Array, x: Array, w: Array, *, needs: Any = (True, True, True)
 ) -> tuple[Array | None, Array | None, Array | None]:
-    """(dx, dw, db) = (dy w, dy^T x, sum of dy over all but the last dimension); None where `needs` says so."""
+    """(dx, dw, db) of :func:`linear`; None where `needs` says so.
+
+    dx = dy w, dw = dy^T x, db = the sum of dy over all but its last dimension.
+    """
     flags = [bool(flag) for flag in needs]
     if len(flags) != 3:
         raise ValueError(f"needs must have 3 flags, got {needs!r}")

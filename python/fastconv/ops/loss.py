@@ -1,7 +1,7 @@
 """Softmax, its logarithm, cross entropy, and their gradients.
 
-float32 or float64. Raises ValueError for shapes, options and targets that do not fit (the message has the values) and
-TypeError for wrong dtypes.
+float32 or float64. Raises ValueError for shapes, options and targets that do not fit (the message
+has the values) and TypeError for wrong dtypes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ def _along(kernel: Any, arrays: tuple[np.ndarray, ...], dim: int, logarithm: boo
 
 
 def softmax(x: Array, dim: int = -1) -> Array:
-    """exp(x) scaled to sum 1 along `dim`; any shape and strides, a dense array's order of memory is kept."""
+    """exp(x) scaled to sum 1 along `dim`.
+
+    Any shape and strides; a dense array's order of memory is kept.
+    """
     return like(_along(_C.softmax, (to_numpy(x, "input"),), dim, False), x)
 
 
@@ -63,9 +66,10 @@ def cross_entropy(
 ) -> Array:
     """-log softmax(logits)[target], as torch.nn.functional.cross_entropy for class numbers.
 
-    With weights w and label smoothing s over C classes (Szegedy et al., arXiv 1512.00567, section 7), row i has
-    -(1 - s) w[t] log p[t] - s / C (sum over c of w[c] log p[c]), and 0 where t is ignore_index. "mean" divides the sum by
-    that of w[t] over the rows that are not ignored (NaN if there is none). Sums are taken in double, in order.
+    With weights w and label smoothing s over C classes (Szegedy et al., arXiv 1512.00567, section
+    7), row i has -(1 - s) w[t] log p[t] - s / C (sum over c of w[c] log p[c]), and 0 where t is
+    ignore_index. "mean" divides the sum by that of w[t] over the rows that are not ignored (NaN if
+    there is none). Sums are taken in double, in order.
 
     Args:
         logits: (N, C). target: (N,) integers in [0, C), or ignore_index. weight: (C,).
@@ -94,7 +98,10 @@ def cross_entropy_backward(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Array:
-    """dlogits of :func:`cross_entropy`, of logits' kind. dloss: a number, or (N,) with reduction "none"."""
+    """dlogits of :func:`cross_entropy`, row-major, of logits' kind.
+
+    dloss: a number, or (N,) with reduction "none".
+    """
     array = to_numpy(logits, "logits")
     if isinstance(dloss, (int, float, np.generic)):
         gradient = np.asarray(dloss, array.dtype)

@@ -1,9 +1,11 @@
 """Batch normalisation and its gradients (Ioffe and Szegedy, arXiv 1502.03167).
 
-Shapes: x (N, C, H, W) or (N, C), vectors (C,). Dtype float32 or float64, the same for all arrays of a call. Any strides;
-channels-last memory is the native layout and is answered in channels-last, dense NCHW in NCHW.
+Shapes: x (N, C, H, W) or (N, C), vectors (C,). Dtype float32 or float64, the same for all arrays of
+a call. Any strides; channels-last memory is the native layout and is answered in channels-last,
+dense NCHW in NCHW.
 
-All raise ValueError for shapes and values that do not fit (the message has them) and TypeError for wrong dtypes.
+All raise ValueError for shapes and values that do not fit (the message has them) and TypeError for
+wrong dtypes.
 """
 
 from __future__ import annotations
@@ -49,11 +51,11 @@ def batch_norm(
     residual: Array | None = None,
     activation: str | None = None,
 ) -> Array:
-    """act((x - mean) / sqrt(var + eps) * weight + bias + residual), as torch.nn.functional.batch_norm.
+    """act((x - mean) / sqrt(var + eps) * weight + bias + residual), as in torch.nn.functional.
 
-    In training mean and var (divisor M = N H W) are those of the batch, and the running statistics, where given, are
-    updated in place: running = (1 - momentum) running + momentum new, with divisor M - 1 in running_var. Otherwise mean
-    and var are the running statistics, which must be given.
+    In training mean and var (divisor M = N H W) are those of the batch, and the running statistics,
+    where given, are updated in place: running = (1 - momentum) running + momentum new, with divisor
+    M - 1 in running_var. Otherwise mean and var are the running statistics, which must be given.
 
     Args:
         residual: like x, added before the activation.
@@ -136,9 +138,10 @@ def batch_norm_backward(
 ) -> tuple[Array | None, Array | None, Array | None, Array | None]:
     """(dx, dweight, dbias, dresidual) of :func:`batch_norm`; None where `needs` says so.
 
-    The activation's derivative is found again from x, mean, rstd, weight, bias and residual, which must be those of the
-    forward pass; bias is not needed without an activation. dresidual is None without a residual. training: mean and rstd
-    are functions of x; otherwise constants, 1 / sqrt(running_var + eps) being rstd.
+    The activation's derivative is found again from x, mean, rstd, weight, bias and residual, which
+    must be those of the forward pass; bias is not needed without an activation. dresidual is None
+    without a residual. training: mean and rstd are functions of x; otherwise constants, 1 /
+    sqrt(running_var + eps) being rstd.
     """
     flags = [bool(flag) for flag in needs]
     if len(flags) != 4:

@@ -1,8 +1,9 @@
 """Optimiser steps: one call, one pass over all parameters, in place.
 
-Parameters are float32 or float64 arrays, dense in any order of dimensions; state lies in memory as its parameter does,
-gradients may have any strides. A parameter whose gradient is None is left alone. Raises ValueError for shapes or orders of
-memory that do not fit and TypeError for wrong dtypes.
+Parameters are float32 or float64 arrays, dense in any order of dimensions; state lies in memory as
+its parameter does, gradients may have any strides. A parameter whose gradient is None is left
+alone. Raises ValueError for shapes or orders of memory that do not fit and TypeError for wrong
+dtypes.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def sgd_step(
 ) -> None:
     """Stochastic gradient descent as torch.optim.SGD.
 
-    d = g + weight_decay p; m = momentum m + (1 - dampening) d; p -= lr m, or lr (d + momentum m) with nesterov.
+    d = g + weight_decay p; m = momentum m + (1 - dampening) d; p -= lr m, or lr (d + momentum m)
+    with nesterov.
 
     Args:
         momenta: the buffers m, or None for p -= lr d.

@@ -1,10 +1,11 @@
 """Pooling and its gradients.
 
-Shapes: x (N, C, H, W), y (N, C, P, Q). Dtype float32 or float64. Any strides; channels-last memory is the native layout
-and is answered in channels-last, dense NCHW in NCHW. Sizes, ties and divisors are PyTorch's.
+Shapes: x (N, C, H, W), y (N, C, P, Q). Dtype float32 or float64. Any strides; channels-last memory
+is the native layout and is answered in channels-last, dense NCHW in NCHW. Sizes, ties and divisors
+are PyTorch's.
 
-All raise ValueError for shapes and sizes that do not fit (the message has the values) and TypeError for wrong dtypes and
-for parameters that are not integers.
+All raise ValueError for shapes and sizes that do not fit (the message has the values) and TypeError
+for wrong dtypes and for parameters that are not integers.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ def max_pool2d(
 ) -> Any:
     """Largest element of each window, as torch.nn.functional.max_pool2d.
 
-    Size of y: floor((size + 2 padding - dilation (kernel - 1) - 1) / stride) + 1 on each axis, rounded up with ceil_mode,
-    where the last window must start inside the image or the padding before it. Padding counts as -inf. The first of equal
-    elements (row-major) is the maximum; NaN is larger than every number.
+    Size of y: floor((size + 2 padding - dilation (kernel - 1) - 1) / stride) + 1 on each axis,
+    rounded up with ceil_mode, where the last window must start inside the image or the padding
+    before it. Padding counts as -inf. The first of equal elements (row-major) is the maximum; NaN
+    is larger than every number.
 
     Args:
-        kernel_size, stride, padding, dilation: int or (height, width); stride None is kernel_size; padding at most half
-            the kernel's size.
+        kernel_size, stride, padding, dilation: int or (height, width); stride None is kernel_size;
+            padding at most half the kernel's size.
         return_indices: also return where the maxima are: int64, flat index in the H * W plane.
 
     Returns:
@@ -69,10 +71,10 @@ def max_pool2d_backward(
     *,
     indices: Array | None = None,
 ) -> Array:
-    """dx of :func:`max_pool2d`, shaped and laid out like x: each dy goes to the maximum of its window.
+    """dx of :func:`max_pool2d`, laid out like x: each dy goes to the maximum of its window.
 
-    The maxima are found again in x, or taken from `indices` (int64, as returned by max_pool2d; ValueError if one lies
-    outside the plane).
+    The maxima are found again in x, or taken from `indices` (int64, as returned by max_pool2d;
+    ValueError if one lies outside the plane).
     """
     dx = _C.max_pool2d_backward(
         to_numpy(dy, "dy"),
@@ -96,8 +98,9 @@ def avg_pool2d(
 ) -> Array:
     """Mean of each window, as torch.nn.functional.avg_pool2d. Sizes as :func:`max_pool2d`.
 
-    The divisor is divisor_override if given; else the elements of the window in the padded image (not those that
-    ceil_mode adds beyond it); else, with count_include_pad=False, those in the image.
+    The divisor is divisor_override if given; else the elements of the window in the padded image
+    (not those that ceil_mode adds beyond it); else, with count_include_pad=False, those in the
+    image.
     """
     y = _C.avg_pool2d(
         to_numpy(x, "input"),
@@ -119,7 +122,7 @@ def avg_pool2d_backward(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Array:
-    """dx of :func:`avg_pool2d`: each dy is spread over its window. x gives shape and layout only."""
+    """dx of :func:`avg_pool2d`: each dy is spread over its window. x gives shape and layout."""
     dx = _C.avg_pool2d_backward(
         to_numpy(dy, "dy"),
         to_numpy(x, "input"),
@@ -146,17 +149,17 @@ def _output_size(output_size: Any, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def adaptive_avg_pool2d(x: Array, output_size: Any) -> Array:
-    """Mean over output_size windows that cover the image, as torch.nn.functional.adaptive_avg_pool2d.
+    """Mean over output_size windows that cover the image, as in torch.nn.functional.
 
-    Window i of an axis is floor(i size / outputs) .. ceil((i + 1) size / outputs) - 1. output_size: int or (height,
-    width); None is the size of the input.
+    Window i of an axis is floor(i size / outputs) .. ceil((i + 1) size / outputs) - 1. output_size:
+    int or (height, width); None is the size of the input.
     """
     array = to_numpy(x, "input")
     return like(_C.adaptive_avg_pool2d(array, _output_size(output_size, array.shape)), x)
 
 
 def adaptive_avg_pool2d_backward(dy: Array, x: Array) -> Array:
-    """dx of :func:`adaptive_avg_pool2d`; dy has the output's size, x gives shape and layout only."""
+    """dx of :func:`adaptive_avg_pool2d`. x gives shape and layout, dy the output's size."""
     return like(_C.adaptive_avg_pool2d_backward(to_numpy(dy, "dy"), to_numpy(x, "input")), dy)
 
 
