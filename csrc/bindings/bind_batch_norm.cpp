@@ -77,7 +77,8 @@ std::tuple<py::array, py::array, py::array> batch_norm_train(const py::array& x_
   const auto residual = image(residual_in, "residual", problem);
   const ChannelsLast x(x_in, "input");
   Output y(problem.dtype, problem.shape, x.layout());
-  py::array mean = new_array(problem.dtype, {problem.channels()}), rstd = new_array(problem.dtype, {problem.channels()});
+  py::array mean = new_array(problem.dtype, {problem.channels()}),
+            rstd = new_array(problem.dtype, {problem.channels()});
   void *mean_data = mean.mutable_data(), *rstd_data = rstd.mutable_data();
   {
     py::gil_scoped_release nogil;
@@ -108,10 +109,9 @@ py::array batch_norm_eval(const py::array& x_in, const py::array& mean_in, const
     py::gil_scoped_release nogil;
     const Buffer rstd(std::max<int64_t>(problem.channels(), 1) * itemsize(problem.dtype));
     cpu::reciprocal_std(problem.dtype, problem.channels(), variance.data(), eps, rstd.as<void>());
-    cpu::batch_norm_forward(problem,
-                            {x.data(), mean.data(), rstd.as<void>(), weight.data(), bias.data(), data_of(residual),
-                             activation},
-                            y.data());
+    cpu::batch_norm_forward(
+        problem, {x.data(), mean.data(), rstd.as<void>(), weight.data(), bias.data(), data_of(residual), activation},
+        y.data());
   }
   return y.finish();
 }

@@ -30,8 +30,7 @@ TensorView with_last(TensorView v, int64_t size) {
 
 py::array linear(const py::array& x_in, const py::array& w_in, const MaybeArray& bias_in) {
   const TensorView x_view = view(x_in, "input"), w = view(w_in, "weight");
-  const Conv2dProblem problem =
-      cpu::make_linear(x_view.dtype, leading_elements(x_view), last_size(x_view, "input"), w);
+  const Conv2dProblem problem = cpu::make_linear(x_view.dtype, leading_elements(x_view), last_size(x_view, "input"), w);
   std::optional<Vector> bias;
   if (bias_in) {
     const TensorView v = view(*bias_in, "bias");
@@ -54,8 +53,7 @@ using Gradients = std::tuple<MaybeArray, MaybeArray, MaybeArray>;
 Gradients linear_backward(const py::array& dy_in, const py::array& x_in, const py::array& w_in,
                           std::array<bool, 3> needs) {
   const TensorView dy_view = view(dy_in, "dy"), x_view = view(x_in, "input"), w = view(w_in, "weight");
-  const Conv2dProblem problem =
-      cpu::make_linear(x_view.dtype, leading_elements(x_view), last_size(x_view, "input"), w);
+  const Conv2dProblem problem = cpu::make_linear(x_view.dtype, leading_elements(x_view), last_size(x_view, "input"), w);
   check_same_shape("dy", dy_view, "the output", with_last(x_view, problem.k));
   Gradients result;
   void *dx = nullptr, *db = nullptr;

@@ -87,17 +87,17 @@ Pool2dProblem sliding_average(const TensorView& x, Pair kernel, Pair stride, Pai
                          divisor_override);
 }
 
-py::array avg_pool2d(const py::array& x, Pair kernel, Pair stride, Pair padding, bool ceil_mode,
-                     bool count_include_pad, std::optional<int64_t> divisor_override) {
-  return average(sliding_average(view(x, "input"), kernel, stride, padding, ceil_mode, count_include_pad,
-                                 divisor_override), x);
+py::array avg_pool2d(const py::array& x, Pair kernel, Pair stride, Pair padding, bool ceil_mode, bool count_include_pad,
+                     std::optional<int64_t> divisor_override) {
+  return average(
+      sliding_average(view(x, "input"), kernel, stride, padding, ceil_mode, count_include_pad, divisor_override), x);
 }
 
 py::array avg_pool2d_backward(const py::array& dy, const py::array& x, Pair kernel, Pair stride, Pair padding,
                               bool ceil_mode, bool count_include_pad, std::optional<int64_t> divisor_override) {
   const TensorView x_view = view(x, "input");
-  return average_backward(sliding_average(x_view, kernel, stride, padding, ceil_mode, count_include_pad,
-                                          divisor_override), dy, x_view);
+  return average_backward(
+      sliding_average(x_view, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override), dy, x_view);
 }
 
 py::array adaptive_avg_pool2d(const py::array& x, Pair output) {

@@ -1,5 +1,5 @@
-// Operands that are not images: vectors over channels, and arrays of any rank whose elements may be visited in the order
-// of memory.
+// Operands that are not images: vectors over channels, and arrays of any rank whose elements may be visited in the
+// order of memory.
 #pragma once
 
 #include "bindings/convert.h"

@@ -8,8 +8,8 @@ BatchNormProblem make_batch_norm(DType dtype, const Shape& x, double eps, bool t
   check_float("input", dtype);
   BatchNormProblem problem{dtype, x, eps};
   FC_CHECK(eps >= 0, "eps must not be negative, got ", eps);
-  FC_CHECK(!training || problem.rows() != 1,
-           "training needs more than one value per channel, got an input of shape ", shape_string(x));
+  FC_CHECK(!training || problem.rows() != 1, "training needs more than one value per channel, got an input of shape ",
+           shape_string(x));
   return problem;
 }
 

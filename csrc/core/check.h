@@ -5,9 +5,7 @@
 
 namespace fastconv {
 
-inline std::string shape_string(const Shape& s) {
-  return concat("(", s[0], ", ", s[1], ", ", s[2], ", ", s[3], ")");
-}
+inline std::string shape_string(const Shape& s) { return concat("(", s[0], ", ", s[1], ", ", s[2], ", ", s[3], ")"); }
 
 inline void check_float(const char* role, DType t) {
   FC_CHECK_TYPE(t == DType::kFloat32 || t == DType::kFloat64, role, " must be float32 or float64, got ", name(t));
@@ -29,7 +27,8 @@ inline void check_vector(const char* role, const TensorView& view, DType dtype, 
            shape_string(view));
 }
 
-inline void check_same_shape(const char* role, const TensorView& view, const char* model_role, const TensorView& model) {
+inline void check_same_shape(const char* role, const TensorView& view, const char* model_role,
+                             const TensorView& model) {
   check_dtype(role, view, model.dtype);
   bool equal = view.ndim == model.ndim;
   for (int i = 0; equal && i < view.ndim; ++i) equal = view.sizes[i] == model.sizes[i];

@@ -1,5 +1,5 @@
-// Pooling problems: geometry and every check. An axis becomes a list of windows, so that max, average, adaptive and global
-// pooling are one engine below.
+// Pooling problems: geometry and every check. An axis becomes a list of windows, so that max, average, adaptive and
+// global pooling are one engine below.
 #pragma once
 
 #include <optional>
@@ -34,8 +34,9 @@ struct Pool2dProblem {
   Shape y_shape() const { return {n, c, p(), q()}; }
 };
 
-// Sizes as PyTorch: floor((size + 2 pad - window) / stride) + 1; in ceil_mode rounded up, but the last window must start
-// inside the image or the padding before it. Padding of more than half the kernel is refused: a window without data.
+// Sizes as PyTorch: floor((size + 2 pad - window) / stride) + 1; in ceil_mode rounded up, but the last window must
+// start inside the image or the padding before it. Padding of more than half the kernel is refused: a window without
+// data.
 Pool2dProblem make_max_pool2d(DType dtype, const Shape& x, Pair kernel, Pair stride, Pair padding, Pair dilation,
                               bool ceil_mode);
 // The divisor counts padding (but not what ceil_mode adds beyond it) or elements of the image alone.

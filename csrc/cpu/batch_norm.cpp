@@ -1,7 +1,7 @@
 // Statistics: a block of rows that fits the cache gives mean and squared distances in two passes; blocks are merged in
-// order by Chan's formula in double, first within a chunk, then chunks (Chan, Golub and LeVeque, "Algorithms for computing
-// the sample variance", The American Statistician 37, 1983). Forward in training reads x twice and writes y once;
-// backward reads dy and x twice and writes dx once, finding the activation's mask again on the way.
+// order by Chan's formula in double, first within a chunk, then chunks (Chan, Golub and LeVeque, "Algorithms for
+// computing the sample variance", The American Statistician 37, 1983). Forward in training reads x twice and writes y
+// once; backward reads dy and x twice and writes dx once, finding the activation's mask again on the way.
 #include "cpu/batch_norm.h"
 
 #include <algorithm>
@@ -16,10 +16,10 @@
 namespace fastconv::cpu {
 namespace {
 
-constexpr int64_t kBlockElements = 8192;        // of a block of rows: 32 KiB of fp32
-constexpr int64_t kMaxBlockRows = 256;          // bounds the rounding error of a block's sums
-constexpr int64_t kMinBlockRows = 16;           // bounds the work of merging blocks of many channels
-constexpr int64_t kChunkElements = 64 * 1024;   // of a chunk that has sums of its own
+constexpr int64_t kBlockElements = 8192;       // of a block of rows: 32 KiB of fp32
+constexpr int64_t kMaxBlockRows = 256;         // bounds the rounding error of a block's sums
+constexpr int64_t kMinBlockRows = 64;          // bounds the work of merging blocks of many channels
+constexpr int64_t kChunkElements = 64 * 1024;  // of a chunk that has sums of its own
 constexpr int64_t kMaxChunks = 64;
 
 int64_t block_rows(int64_t channels) {
@@ -31,16 +31,14 @@ int64_t chunk_count(int64_t rows, int64_t channels) {
 }
 
 // body(first row, rows) over the blocks of a range.
-template <class Body>
-void for_blocks(Range range, int64_t channels, Body&& body) {
+template <class Body> void for_blocks(Range range, int64_t channels, Body&& body) {
   const int64_t step = block_rows(channels);
   for (int64_t row = range.begin; row < range.end; row += step) body(row, std::min(step, range.end - row));
 }
 
-// body(first row, rows) in parallel over rows that own their outputs. Backwards: the pass before has left the end of the
-// arrays in cache.
-template <class Body>
-void parallel_rows(int64_t rows, int64_t channels, Body&& body) {
+// body(first row, rows) in parallel over rows that own their outputs. Backwards: the pass before has left the end of
+// the arrays in cache.
+template <class Body> void parallel_rows(int64_t rows, int64_t channels, Body&& body) {
   parallel_ranges(rows, std::max<int64_t>(kChunkElements / 4 / std::max<int64_t>(channels, 1), 1),
                   [&](int64_t begin, int64_t end) { body(rows - end, end - begin); });
 }
@@ -67,8 +65,7 @@ void merge(int64_t count, int64_t added, int64_t begin, int64_t end, const T* ot
   }
 }
 
-template <class T>
-void statistics(const BatchNormProblem& a, const T* x, T* mean, T* rstd, T* unbiased_variance) {
+template <class T> void statistics(const BatchNormProblem& a, const T* x, T* mean, T* rstd, T* unbiased_variance) {
   const int64_t rows = a.rows(), channels = a.channels();
   const int64_t chunks = chunk_count(rows, channels);
   const auto& kernel = kernels().batch_norm.of<T>();
@@ -104,8 +101,7 @@ void statistics(const BatchNormProblem& a, const T* x, T* mean, T* rstd, T* unbi
 }
 
 // scale = rstd weight, and a bias that is never null.
-template <class T>
-struct Affine {
+template <class T> struct Affine {
   Affine(const BatchNormProblem& a, const BatchNormArguments& args) : vectors(2 * a.channels() * sizeof(T)) {
     const auto *rstd = static_cast<const T*>(args.rstd), *weight = static_cast<const T*>(args.weight);
     const auto* given_bias = static_cast<const T*>(args.bias);
@@ -126,8 +122,9 @@ BatchNormRows<T> rows_at(const BatchNormProblem& a, const BatchNormArguments& ar
                          int64_t row, int64_t rows) {
   const int64_t at = row * a.channels();
   const auto *x = static_cast<const T*>(args.x), *residual = static_cast<const T*>(args.residual);
-  return {x + at, residual ? residual + at : nullptr, rows, a.channels(), static_cast<const T*>(args.mean),
-          affine.scale, affine.bias};
+  return {x + at,       residual ? residual + at : nullptr, rows,
+          a.channels(), static_cast<const T*>(args.mean),   affine.scale,
+          affine.bias};
 }
 
 // The kernel that fuses this activation; the others are applied to the whole array before or after.
@@ -140,8 +137,7 @@ int clamp_of(Activation activation) {
   return static_cast<int>(Clamp::kNone);
 }
 
-template <class T>
-void forward(const BatchNormProblem& a, const BatchNormArguments& args, T* y) {
+template <class T> void forward(const BatchNormProblem& a, const BatchNormArguments& args, T* y) {
   const Affine<T> affine(a, args);
   const auto kernel = kernels().batch_norm.of<T>().forward[clamp_of(args.activation)];
   parallel_rows(a.rows(), a.channels(), [&](int64_t row, int64_t rows) {
@@ -203,7 +199,7 @@ void backward_fused(const BatchNormProblem& a, BatchNormArguments args, const T*
     parallel_rows(rows, channels, [&](int64_t row, int64_t count) {
       const int64_t at = row * channels;
       kernel.backward_constant[clamp_of(args.activation)](rows_at<T>(a, args, affine, row, count), dy + at, dx + at,
-                                                           dresidual ? dresidual + at : nullptr);
+                                                          dresidual ? dresidual + at : nullptr);
     });
     return;
   }
@@ -217,7 +213,7 @@ void backward_fused(const BatchNormProblem& a, BatchNormArguments args, const T*
   parallel_rows(rows, channels, [&](int64_t row, int64_t count) {
     const int64_t at = row * channels;
     kernel.backward_input[clamp_of(args.activation)](rows_at<T>(a, args, affine, row, count), dy + at, mean_dz, slope,
-                                                      dx + at);
+                                                     dx + at);
   });
 }
 

@@ -27,7 +27,7 @@ struct BatchNormArguments {
 void batch_norm_forward(const BatchNormProblem&, const BatchNormArguments&, void* y);
 
 struct BatchNormGradients {
-  void* dx = nullptr;         // each may be null: not wanted
+  void* dx = nullptr;  // each may be null: not wanted
   void* dweight = nullptr;
   void* dbias = nullptr;
   void* dresidual = nullptr;

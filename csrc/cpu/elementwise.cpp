@@ -13,11 +13,9 @@ constexpr int64_t kUnit = 1024;
 constexpr int64_t kUnitsPerChunk = 16;
 
 // body(begin, count) over [0, n) in pieces that begin at multiples of kUnit.
-template <class Body>
-void parallel_elements(int64_t n, Body&& body) {
-  parallel_ranges((n + kUnit - 1) / kUnit, kUnitsPerChunk, [&](int64_t begin, int64_t end) {
-    body(begin * kUnit, std::min(end * kUnit, n) - begin * kUnit);
-  });
+template <class Body> void parallel_elements(int64_t n, Body&& body) {
+  parallel_ranges((n + kUnit - 1) / kUnit, kUnitsPerChunk,
+                  [&](int64_t begin, int64_t end) { body(begin * kUnit, std::min(end * kUnit, n) - begin * kUnit); });
 }
 
 Elementwise function_of(Activation activation) {
@@ -50,9 +48,8 @@ void elementwise_backward(Elementwise function, DType dtype, const void* dy, con
     const auto kernel = kernels().elementwise.of<T>().backward[static_cast<int>(function)];
     const auto *g = static_cast<const T*>(dy), *at = static_cast<const T*>(x);
     auto* to = static_cast<T*>(dx);
-    parallel_elements(n, [&](int64_t i, int64_t count) {
-      kernel(g + i, at + i, to + i, count, static_cast<T>(parameter));
-    });
+    parallel_elements(
+        n, [&](int64_t i, int64_t count) { kernel(g + i, at + i, to + i, count, static_cast<T>(parameter)); });
   });
 }
 
@@ -70,8 +67,7 @@ void apply_activation(Activation activation, DType dtype, void* y, int64_t n) {
   if (activation != Activation::kNone) elementwise(function_of(activation), dtype, y, y, n, 0);
 }
 
-void apply_activation_backward(Activation activation, DType dtype, const void* dy, const void* x, void* dx,
-                               int64_t n) {
+void apply_activation_backward(Activation activation, DType dtype, const void* dy, const void* x, void* dx, int64_t n) {
   if (activation == Activation::kNone) {
     std::memcpy(dx, dy, n * itemsize(dtype));
     return;

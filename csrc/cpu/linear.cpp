@@ -36,8 +36,6 @@ void linear_backward_weight(const Conv2dProblem& a, const void* dy, const void* 
   conv2d_backward_weight(a, {dy, x, as_kernel(dw)});
 }
 
-void linear_backward_bias(const Conv2dProblem& a, const void* dy, void* db) {
-  channel_sums(a.dtype, a.n, a.k, dy, db);
-}
+void linear_backward_bias(const Conv2dProblem& a, const void* dy, void* db) { channel_sums(a.dtype, a.n, a.k, dy, db); }
 
 }  // namespace fastconv::cpu

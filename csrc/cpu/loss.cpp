@@ -17,18 +17,17 @@ constexpr int64_t kColumnBlock = 512;
 int64_t rows_per_chunk(int64_t length) { return std::max<int64_t>(kChunkElements / std::max<int64_t>(length, 1), 1); }
 
 // rows(first, last) over contiguous rows, or columns(offset, count) over columns side by side.
-template <class Rows, class Columns>
-void parallel_softmax(const SoftmaxProblem& a, Rows&& rows, Columns&& columns) {
+template <class Rows, class Columns> void parallel_softmax(const SoftmaxProblem& a, Rows&& rows, Columns&& columns) {
   if (a.outer * a.length * a.inner == 0) return;
   if (a.inner == 1) return parallel_ranges(a.outer, rows_per_chunk(a.length), rows);
   const int64_t blocks = (a.inner + kColumnBlock - 1) / kColumnBlock;
   parallel_ranges(a.outer * blocks, rows_per_chunk(a.length * std::min(a.inner, kColumnBlock)),
                   [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % blocks * kColumnBlock;
-      columns(i / blocks * a.length * a.inner + first, std::min(kColumnBlock, a.inner - first));
-    }
-  });
+                    for (int64_t i = begin; i < end; ++i) {
+                      const int64_t first = i % blocks * kColumnBlock;
+                      columns(i / blocks * a.length * a.inner + first, std::min(kColumnBlock, a.inner - first));
+                    }
+                  });
 }
 
 Reduction parse_reduction(const std::string& name) {
@@ -39,8 +38,7 @@ Reduction parse_reduction(const std::string& name) {
 }
 
 // What the mean divides by: the weights of the targets that are not ignored.
-template <class T>
-double target_weight(const CrossEntropyProblem& a, const int64_t* target, const T* weight) {
+template <class T> double target_weight(const CrossEntropyProblem& a, const int64_t* target, const T* weight) {
   double total = 0;
   for (int64_t i = 0; i < a.rows; ++i)
     if (target[i] != a.ignore_index) total += weight ? weight[target[i]] : T{1};
@@ -104,8 +102,7 @@ void cross_entropy_backward_as(const CrossEntropyProblem& a, const T* dloss, con
       }
       const double g = (a.reduction == Reduction::kNone ? dloss[i] : *dloss) / denominator;
       const double hard = g * (1 - s) * (weight ? weight[t] : T{1});
-      kernel.cross_entropy_row_backward(x, dx, a.classes, t, hard + g * smooth * all_weights, g * smooth, hard,
-                                        weight);
+      kernel.cross_entropy_row_backward(x, dx, a.classes, t, hard, g * smooth, all_weights, weight);
     }
   });
 }
@@ -178,8 +175,7 @@ void cross_entropy(const CrossEntropyProblem& a, const void* logits, const int64
                    void* loss) {
   dispatch_float(a.dtype, [&](auto t) {
     using T = decltype(t);
-    cross_entropy_as<T>(a, static_cast<const T*>(logits), target, static_cast<const T*>(weight),
-                        static_cast<T*>(loss));
+    cross_entropy_as<T>(a, static_cast<const T*>(logits), target, static_cast<const T*>(weight), static_cast<T*>(loss));
   });
 }
 

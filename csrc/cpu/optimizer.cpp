@@ -16,8 +16,7 @@ struct Piece {
 };
 
 // body(parameter, begin, count) in parallel over all elements of all parameters.
-template <class Body>
-void parallel_pieces(const std::vector<Parameter>& parameters, Body&& body) {
+template <class Body> void parallel_pieces(const std::vector<Parameter>& parameters, Body&& body) {
   std::vector<Piece> pieces;
   for (const Parameter& p : parameters)
     for (int64_t i = 0; i < p.n; i += kPieceElements) pieces.push_back({&p, i, std::min(kPieceElements, p.n - i)});
@@ -27,14 +26,8 @@ void parallel_pieces(const std::vector<Parameter>& parameters, Body&& body) {
   });
 }
 
-template <class T>
-T* at(void* base, int64_t offset) {
-  return base ? static_cast<T*>(base) + offset : nullptr;
-}
-template <class T>
-const T* at(const void* base, int64_t offset) {
-  return static_cast<const T*>(base) + offset;
-}
+template <class T> T* at(void* base, int64_t offset) { return base ? static_cast<T*>(base) + offset : nullptr; }
+template <class T> const T* at(const void* base, int64_t offset) { return static_cast<const T*>(base) + offset; }
 
 }  // namespace
 
@@ -42,9 +35,12 @@ void sgd_step(const std::vector<Parameter>& parameters, const SgdOptions& o) {
   parallel_pieces(parameters, [&](const Parameter& p, int64_t begin, int64_t count) {
     dispatch_float(p.dtype, [&](auto t) {
       using T = decltype(t);
-      const SgdSettings<T> s{static_cast<T>(o.lr),           static_cast<T>(o.momentum),
-                             static_cast<T>(1 - o.dampening), static_cast<T>(p.weight_decay),
-                             o.nesterov,                      o.first};
+      const SgdSettings<T> s{static_cast<T>(o.lr),
+                             static_cast<T>(o.momentum),
+                             static_cast<T>(1 - o.dampening),
+                             static_cast<T>(p.weight_decay),
+                             o.nesterov,
+                             o.first};
       kernels().optimizer.of<T>().sgd(at<T>(p.value, begin), at<T>(p.gradient, begin), at<T>(p.state[0], begin), count,
                                       s);
     });
@@ -57,12 +53,9 @@ void adamw_step(const std::vector<Parameter>& parameters, const AdamWOptions& o)
   parallel_pieces(parameters, [&](const Parameter& p, int64_t begin, int64_t count) {
     dispatch_float(p.dtype, [&](auto t) {
       using T = decltype(t);
-      const AdamWSettings<T> s{static_cast<T>(1 - o.beta1),
-                               static_cast<T>(o.beta2),
-                               static_cast<T>(1 - o.beta2),
-                               static_cast<T>(1 - o.lr * p.weight_decay),
-                               static_cast<T>(o.lr / bias1),
-                               static_cast<T>(1 / std::sqrt(bias2)),
+      const AdamWSettings<T> s{static_cast<T>(1 - o.beta1),  static_cast<T>(o.beta2),
+                               static_cast<T>(1 - o.beta2),  static_cast<T>(1 - o.lr * p.weight_decay),
+                               static_cast<T>(o.lr / bias1), static_cast<T>(1 / std::sqrt(bias2)),
                                static_cast<T>(o.eps)};
       kernels().optimizer.of<T>().adamw(at<T>(p.value, begin), at<T>(p.gradient, begin), at<T>(p.state[0], begin),
                                         at<T>(p.state[1], begin), count, s);

@@ -1,6 +1,6 @@
-// All pooling is one walk over rows of windows; the kernels differ. Forward rows are independent. A backward row owns the
-// image rows between its window and the next where windows do not overlap, and then stores every element once; where they
-// overlap a chunk is an image (or some channels of it), whose windows are added in row-major order.
+// All pooling is one walk over rows of windows; the kernels differ. Forward rows are independent. A backward row owns
+// the image rows between its window and the next where windows do not overlap, and then stores every element once;
+// where they overlap a chunk is an image (or some channels of it), whose windows are added in row-major order.
 #include "cpu/pool2d.h"
 
 #include <algorithm>
@@ -36,6 +36,7 @@ PoolRow<T> row_of(const Pool2dProblem& a, const std::vector<PoolWindow>& windows
   row.rows = rows.count;
   row.row_step = a.rows.step * a.w * a.c;
   row.column_step = a.columns.step * a.c;
+  row.next_row = p + 1 < a.p() ? (a.rows.windows[p + 1].begin - rows.begin) * a.w * a.c : 0;
   row.windows = windows.data();
   row.outputs = a.q();
   row.y = y + p * a.q() * a.c;
@@ -51,27 +52,23 @@ int64_t rows_per_chunk(const Pool2dProblem& a) {
   return std::max<int64_t>(16384 / std::max<int64_t>(std::max(covered, a.q()) * a.c, 1), 1);
 }
 
-template <class T, class Kernel>
-void forward(const Pool2dProblem& a, const T* x, T* y, Kernel&& kernel) {
+template <class T, class Kernel> void forward(const Pool2dProblem& a, const T* x, T* y, Kernel&& kernel) {
   if (a.n * a.c == 0) return;
   const std::vector<PoolWindow> windows = column_windows(a);
   parallel_ranges(a.n * a.p(), rows_per_chunk(a), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t image = i / a.p(), p = i % a.p();
-      kernel(row_of<T>(a, windows, p, x + image * a.h * a.w * a.c, nullptr, y + image * a.p() * a.q() * a.c), p,
-             image);
+      kernel(row_of<T>(a, windows, p, x + image * a.h * a.w * a.c, nullptr, y + image * a.p() * a.q() * a.c), p, image);
     }
   });
 }
 
-template <class T>
-void zero(T* p, int64_t count) {
+template <class T> void zero(T* p, int64_t count) {
   if (count > 0) std::memset(p, 0, count * sizeof(T));
 }
 
 // Zeros the elements of the image rows [begin, end) that lie in no window of these columns.
-template <class T>
-void zero_gaps(const Pool2dProblem& a, int64_t begin, int64_t end, T* image) {
+template <class T> void zero_gaps(const Pool2dProblem& a, int64_t begin, int64_t end, T* image) {
   for (int64_t row = begin; row < end; ++row) {
     int64_t done = 0;
     for (const AxisWindow& window : a.columns.windows) {
@@ -121,8 +118,7 @@ void backward_overlapping(const Pool2dProblem& a, std::vector<PoolWindow> window
       const AxisWindow& rows = a.rows.windows[p];
       if (rows.count > 0) clear(rows.begin + (rows.count - 1) * a.rows.step + 1);
       PoolRow<T> row = row_of<T>(a, windows, p, x ? x + n * a.h * a.w * a.c + channels.begin : nullptr,
-                                 image + channels.begin,
-                                 const_cast<T*>(dy) + n * a.p() * a.q() * a.c + channels.begin);
+                                 image + channels.begin, const_cast<T*>(dy) + n * a.p() * a.q() * a.c + channels.begin);
       row.channels = channels.end - channels.begin;
       row.accumulate = true;
       kernel(row);
@@ -161,8 +157,7 @@ void check_indices(const Pool2dProblem& a, const int64_t* indices) {
            " is not in a plane of ", a.h, " x ", a.w);
 }
 
-template <class T>
-void scatter(const Pool2dProblem& a, const T* dy, const int64_t* indices, T* dx) {
+template <class T> void scatter(const Pool2dProblem& a, const T* dy, const int64_t* indices, T* dx) {
   const int64_t blocks = a.n < kManyImages ? (a.c + kChannelBlock - 1) / kChannelBlock : 1;
   parallel_for(a.n * blocks, [&](int64_t i, int) {
     const int64_t n = i / blocks;

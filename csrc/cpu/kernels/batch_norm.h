@@ -9,10 +9,9 @@ namespace fastconv::cpu {
 enum class Clamp : uint8_t { kNone, kReLU, kReLU6 };
 constexpr int kClamps = 3;
 
-// z = (x - mean) * scale + bias + residual, y = clamp(z). Backward computes z again with the same operations, so that it
-// sees the same side of every kink.
-template <class T>
-struct BatchNormRows {
+// z = (x - mean) * scale + bias + residual, y = clamp(z). Backward computes z again with the same operations, so that
+// it sees the same side of every kink.
+template <class T> struct BatchNormRows {
   const T* x;
   const T* residual;  // or null
   int64_t rows, channels;
@@ -21,8 +20,7 @@ struct BatchNormRows {
   const T* bias;
 };
 
-template <class T>
-struct BatchNormKernels {
+template <class T> struct BatchNormKernels {
   // mean[c] and the sum of squared distances from it, of the block
   void (*moments)(const T* x, int64_t rows, int64_t channels, T* mean, T* squares);
   void (*forward[kClamps])(const BatchNormRows<T>&, T* y);

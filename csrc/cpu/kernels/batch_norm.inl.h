@@ -1,5 +1,6 @@
-// Batch normalisation on blocks of rows. Bound: memory; the vectors over channels stay in the first-level cache, and sums
-// are taken over four rows before they are added to a channel's, which hides the latency and halves the rounding error.
+// Batch normalisation on blocks of rows. Bound: memory; the vectors over channels stay in the first-level cache, and
+// sums are taken over four rows before they are added to a channel's, which hides the latency and halves the rounding
+// error.
 #pragma once
 
 #include "cpu/kernels/batch_norm.h"
@@ -11,21 +12,22 @@ namespace {
 constexpr int64_t kSumRows = 4;
 
 // Two passes over a block that stays in cache: no cancellation however large the mean is.
-template <class T>
-void moments(const T* x, int64_t rows, int64_t channels, T* mean, T* squares) {
+template <class T> void moments(const T* x, int64_t rows, int64_t channels, T* mean, T* squares) {
   for (int64_t c = 0; c < channels; ++c) mean[c] = squares[c] = 0;
   int64_t row = 0;
   for (; row + kSumRows <= rows; row += kSumRows) {
     const T* p = x + row * channels;
     for_lanes<T>(channels, [&](auto tail, int64_t c, int64_t n) {
       const auto a = load_lanes<tail.value>(p + c, n), b = load_lanes<tail.value>(p + channels + c, n);
-      const auto d = load_lanes<tail.value>(p + 2 * channels + c, n), e = load_lanes<tail.value>(p + 3 * channels + c, n);
+      const auto d = load_lanes<tail.value>(p + 2 * channels + c, n),
+                 e = load_lanes<tail.value>(p + 3 * channels + c, n);
       store_lanes<tail.value>(mean + c, load_lanes<tail.value>(mean + c, n) + ((a + b) + (d + e)), n);
     });
   }
   for (; row < rows; ++row)
     for_lanes<T>(channels, [&](auto tail, int64_t c, int64_t n) {
-      store_lanes<tail.value>(mean + c, load_lanes<tail.value>(mean + c, n) + load_lanes<tail.value>(x + row * channels + c, n), n);
+      store_lanes<tail.value>(
+          mean + c, load_lanes<tail.value>(mean + c, n) + load_lanes<tail.value>(x + row * channels + c, n), n);
     });
   for (int64_t c = 0; c < channels; ++c) mean[c] /= static_cast<T>(rows);
 
@@ -48,8 +50,7 @@ void moments(const T* x, int64_t rows, int64_t channels, T* mean, T* squares) {
 }
 
 // (x - mean) and z of one vector, and what the clamp does to values and gradients.
-template <bool TAIL, class T>
-struct Normalized {
+template <bool TAIL, class T> struct Normalized {
   typename Lanes<T>::V distance, z;
   Normalized(const BatchNormRows<T>& t, int64_t at, int64_t c, int64_t n) {
     distance = load_lanes<TAIL>(t.x + at, n) - load_lanes<TAIL>(t.mean + c, n);
@@ -58,22 +59,19 @@ struct Normalized {
   }
 };
 
-template <Clamp CLAMP, class T, class V>
-V clamp_value(V z) {
+template <Clamp CLAMP, class T, class V> V clamp_value(V z) {
   if constexpr (CLAMP == Clamp::kReLU) return z <= V{} ? V{} : z;
   if constexpr (CLAMP == Clamp::kReLU6) return clamp(z, V{}, set1(T{6}));
   return z;
 }
 
-template <Clamp CLAMP, class T, class V>
-V clamp_gradient(V dy, V z) {
+template <Clamp CLAMP, class T, class V> V clamp_gradient(V dy, V z) {
   if constexpr (CLAMP != Clamp::kNone) dy = z <= V{} ? V{} : dy;
   if constexpr (CLAMP == Clamp::kReLU6) dy = z >= set1(T{6}) ? V{} : dy;
   return dy;
 }
 
-template <Clamp CLAMP, class T>
-void normalize(const BatchNormRows<T>& t, T* y) {
+template <Clamp CLAMP, class T> void normalize(const BatchNormRows<T>& t, T* y) {
   for (int64_t row = 0; row < t.rows; ++row)
     for_lanes<T>(t.channels, [&](auto tail, int64_t c, int64_t n) {
       const int64_t at = row * t.channels + c;
@@ -82,8 +80,7 @@ void normalize(const BatchNormRows<T>& t, T* y) {
     });
 }
 
-template <Clamp CLAMP, class T>
-void backward_sums(const BatchNormRows<T>& t, const T* dy, T* dz, T* sum, T* dot) {
+template <Clamp CLAMP, class T> void backward_sums(const BatchNormRows<T>& t, const T* dy, T* dz, T* sum, T* dot) {
   using V = typename Lanes<T>::V;
   for (int64_t c = 0; c < t.channels; ++c) sum[c] = dot[c] = 0;
   for (int64_t row = 0; row < t.rows; row += kSumRows) {
@@ -122,8 +119,7 @@ void backward_input(const BatchNormRows<T>& t, const T* dy, const T* a, const T*
     });
 }
 
-template <Clamp CLAMP, class T>
-void backward_constant(const BatchNormRows<T>& t, const T* dy, T* dx, T* dz) {
+template <Clamp CLAMP, class T> void backward_constant(const BatchNormRows<T>& t, const T* dy, T* dx, T* dz) {
   for (int64_t row = 0; row < t.rows; ++row)
     for_lanes<T>(t.channels, [&](auto tail, int64_t c, int64_t n) {
       const int64_t at = row * t.channels + c;
@@ -134,8 +130,7 @@ void backward_constant(const BatchNormRows<T>& t, const T* dy, T* dx, T* dz) {
     });
 }
 
-template <class T>
-constexpr BatchNormKernels<T> batch_norm_kernels() {
+template <class T> constexpr BatchNormKernels<T> batch_norm_kernels() {
   return {
       moments<T>,
       {normalize<Clamp::kNone, T>, normalize<Clamp::kReLU, T>, normalize<Clamp::kReLU6, T>},

@@ -20,8 +20,7 @@ enum class Elementwise : uint8_t {
 };
 constexpr int kElementwiseFunctions = 11;
 
-template <class T>
-struct ElementwiseKernels {
+template <class T> struct ElementwiseKernels {
   // y[i] = f(x[i]); y may be x
   void (*forward[kElementwiseFunctions])(const T* x, T* y, int64_t n, T parameter);
   // dx[i] = dy[i] f'(x[i])

@@ -10,108 +10,86 @@ namespace {
 
 // Each function: forward(x, a), backward(dy, x, a); V is a vector, S(number) one of equal lanes, a the parameter.
 // Conditions are written so that NaN goes to the branch that keeps it.
-template <class T>
-struct Constant {
+template <class T> struct Constant {
   using V = typename Lanes<T>::V;
   static V of(double value) { return set1(static_cast<T>(value)); }
 };
 
 struct ReLU {
-  template <class T, class V>
-  static V forward(V x, V) { return x <= V{} ? V{} : x; }
-  template <class T, class V>
-  static V backward(V dy, V x, V) { return x <= V{} ? V{} : dy; }
+  template <class T, class V> static V forward(V x, V) { return x <= V{} ? V{} : x; }
+  template <class T, class V> static V backward(V dy, V x, V) { return x <= V{} ? V{} : dy; }
 };
 
 struct ReLU6 {
-  template <class T, class V>
-  static V forward(V x, V) { return clamp(x, V{}, Constant<T>::of(6)); }
-  template <class T, class V>
-  static V backward(V dy, V x, V) {
+  template <class T, class V> static V forward(V x, V) { return clamp(x, V{}, Constant<T>::of(6)); }
+  template <class T, class V> static V backward(V dy, V x, V) {
     const V g = x <= V{} ? V{} : dy;
     return x >= Constant<T>::of(6) ? V{} : g;
   }
 };
 
 struct LeakyReLU {
-  template <class T, class V>
-  static V forward(V x, V slope) { return x > V{} ? x : x * slope; }
-  template <class T, class V>
-  static V backward(V dy, V x, V slope) { return x > V{} ? dy : dy * slope; }
+  template <class T, class V> static V forward(V x, V slope) { return x > V{} ? x : x * slope; }
+  template <class T, class V> static V backward(V dy, V x, V slope) { return x > V{} ? dy : dy * slope; }
 };
 
 struct ELU {
-  template <class T, class V>
-  static V forward(V x, V alpha) {
+  template <class T, class V> static V forward(V x, V alpha) {
     const V negative = alpha * expm1_negative(x);
     return x > V{} ? x : negative;
   }
-  template <class T, class V>
-  static V backward(V dy, V x, V alpha) {
+  template <class T, class V> static V backward(V dy, V x, V alpha) {
     const V negative = dy * alpha * exp_lanes(x);
     return x > V{} ? dy : negative;
   }
 };
 
 // 1 / (1 + exp(-x)) and its derivative exp(-|x|) / (1 + exp(-|x|))^2, without cancellation on either side.
-template <class V>
-struct Logistic {
+template <class V> struct Logistic {
   V value, slope;
 };
-template <class T, class V>
-Logistic<V> logistic(V x) {
+template <class T, class V> Logistic<V> logistic(V x) {
   const V one = Constant<T>::of(1), e = exp_lanes(x > V{} ? -x : x), scale = one / (one + e);
   const V small = e * scale;
   return {x > V{} ? scale : small, small * scale};
 }
 
 struct Sigmoid {
-  template <class T, class V>
-  static V forward(V x, V) { return logistic<T>(x).value; }
-  template <class T, class V>
-  static V backward(V dy, V x, V) { return dy * logistic<T>(x).slope; }
+  template <class T, class V> static V forward(V x, V) { return logistic<T>(x).value; }
+  template <class T, class V> static V backward(V dy, V x, V) { return dy * logistic<T>(x).slope; }
 };
 
 struct Tanh {
-  template <class T, class V>
-  static V forward(V x, V) { return tanh_lanes(x); }
-  template <class T, class V>
-  static V backward(V dy, V x, V) { return dy * (Constant<T>::of(4) * logistic<T>(x + x).slope); }
+  template <class T, class V> static V forward(V x, V) { return tanh_lanes(x); }
+  template <class T, class V> static V backward(V dy, V x, V) {
+    return dy * (Constant<T>::of(4) * logistic<T>(x + x).slope);
+  }
 };
 
 struct SiLU {
-  template <class T, class V>
-  static V forward(V x, V) { return x * logistic<T>(x).value; }
-  template <class T, class V>
-  static V backward(V dy, V x, V) {
+  template <class T, class V> static V forward(V x, V) { return x * logistic<T>(x).value; }
+  template <class T, class V> static V backward(V dy, V x, V) {
     const Logistic<V> s = logistic<T>(x);
     return dy * (s.value + x * s.slope);
   }
 };
 
-// x Phi(x) with Phi(x) = erfc(-x / sqrt 2) / 2: Hendrycks and Gimpel, arXiv 1606.08415.
+// x times the normal distribution function: Hendrycks and Gimpel, arXiv 1606.08415.
 struct GELU {
-  template <class T, class V>
-  static V distribution(V x) {
-    return Constant<T>::of(0.5) * erfc_lanes(x * Constant<T>::of(-0.70710678118654752440));
-  }
-  template <class T, class V>
-  static V forward(V x, V) { return x * distribution<T>(x); }
-  template <class T, class V>
-  static V backward(V dy, V x, V) {
+  template <class T, class V> static V forward(V x, V) { return x * normal_distribution(x); }
+  template <class T, class V> static V backward(V dy, V x, V) {
     const V density = Constant<T>::of(0.39894228040143267794) * exp_lanes(x * x * Constant<T>::of(-0.5));
-    return dy * (distribution<T>(x) + x * density);
+    return dy * (normal_distribution(x) + x * density);
   }
 };
 
 // 0.5 x (1 + tanh(u)) = x logistic(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3): the same paper's approximation.
 struct GELUTanh {
-  template <class T, class V>
-  static V argument(V x) { return Constant<T>::of(2 * kScale) * (x + Constant<T>::of(kCubic) * x * x * x); }
-  template <class T, class V>
-  static V forward(V x, V) { return x * logistic<T>(argument<T>(x)).value; }
-  template <class T, class V>
-  static V backward(V dy, V x, V) {
+  template <class T, class V> static V argument(V x) {
+    return Constant<T>::of(2 * kScale) * (x + Constant<T>::of(kCubic) * x * x * x);
+  }
+  template <class T, class V> static V forward(V x, V) { return x * logistic<T>(argument<T>(x)).value; }
+  template <class T, class V> static V backward(V dy, V x, V) {
     const Logistic<V> s = logistic<T>(argument<T>(x));
     const V inner = Constant<T>::of(2 * kScale) * (Constant<T>::of(1) + Constant<T>::of(3 * kCubic) * x * x);
     // Where the logistic function is flat the inner derivative may be infinite: 0 times it is 0.
@@ -123,12 +101,10 @@ struct GELUTanh {
 };
 
 struct Hardsigmoid {
-  template <class T, class V>
-  static V forward(V x, V) {
+  template <class T, class V> static V forward(V x, V) {
     return clamp(x + Constant<T>::of(3), V{}, Constant<T>::of(6)) / Constant<T>::of(6);
   }
-  template <class T, class V>
-  static V backward(V dy, V x, V) {
+  template <class T, class V> static V backward(V dy, V x, V) {
     V g = dy / Constant<T>::of(6);
     g = x <= Constant<T>::of(-3) ? V{} : g;
     return x >= Constant<T>::of(3) ? V{} : g;
@@ -136,26 +112,22 @@ struct Hardsigmoid {
 };
 
 struct Hardswish {
-  template <class T, class V>
-  static V forward(V x, V a) { return x * Hardsigmoid::forward<T>(x, a); }
-  template <class T, class V>
-  static V backward(V dy, V x, V) {
+  template <class T, class V> static V forward(V x, V a) { return x * Hardsigmoid::forward<T>(x, a); }
+  template <class T, class V> static V backward(V dy, V x, V) {
     V g = dy * (x / Constant<T>::of(3) + Constant<T>::of(0.5));
     g = x <= Constant<T>::of(-3) ? V{} : g;
     return x >= Constant<T>::of(3) ? dy : g;
   }
 };
 
-template <class F, class T>
-void elementwise_forward(const T* x, T* y, int64_t n, T parameter) {
+template <class F, class T> void elementwise_forward(const T* x, T* y, int64_t n, T parameter) {
   const auto a = set1(parameter);
   for_lanes<T>(n, [&](auto tail, int64_t i, int64_t lanes) {
     store_lanes<tail.value>(y + i, F::template forward<T>(load_lanes<tail.value>(x + i, lanes), a), lanes);
   });
 }
 
-template <class F, class T>
-void elementwise_backward(const T* dy, const T* x, T* dx, int64_t n, T parameter) {
+template <class F, class T> void elementwise_backward(const T* dy, const T* x, T* dx, int64_t n, T parameter) {
   const auto a = set1(parameter);
   for_lanes<T>(n, [&](auto tail, int64_t i, int64_t lanes) {
     const auto g = load_lanes<tail.value>(dy + i, lanes);
@@ -163,15 +135,13 @@ void elementwise_backward(const T* dy, const T* x, T* dx, int64_t n, T parameter
   });
 }
 
-template <class T>
-void add_arrays(const T* a, const T* b, T* y, int64_t n) {
+template <class T> void add_arrays(const T* a, const T* b, T* y, int64_t n) {
   for_lanes<T>(n, [&](auto tail, int64_t i, int64_t lanes) {
     store_lanes<tail.value>(y + i, load_lanes<tail.value>(a + i, lanes) + load_lanes<tail.value>(b + i, lanes), lanes);
   });
 }
 
-template <class T>
-void add_bias(T* y, int64_t rows, int64_t channels, const T* bias) {
+template <class T> void add_bias(T* y, int64_t rows, int64_t channels, const T* bias) {
   for (int64_t row = 0; row < rows; ++row) add_arrays(y + row * channels, bias, y + row * channels, channels);
 }
 
@@ -222,8 +192,7 @@ void dropout(const T* x, T* y, int64_t n, uint64_t seed, uint64_t offset, uint32
   }
 }
 
-template <class T>
-constexpr ElementwiseKernels<T> elementwise_kernels() {
+template <class T> constexpr ElementwiseKernels<T> elementwise_kernels() {
   return {
       {elementwise_forward<ReLU, T>, elementwise_forward<ReLU6, T>, elementwise_forward<LeakyReLU, T>,
        elementwise_forward<ELU, T>, elementwise_forward<Sigmoid, T>, elementwise_forward<Tanh, T>,

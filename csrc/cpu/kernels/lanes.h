@@ -14,17 +14,14 @@ typedef double UnalignedDVec __attribute__((vector_size(kVectorBytes), aligned(8
 typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
 typedef int64_t LongVec __attribute__((vector_size(kVectorBytes)));
 
-template <class T>
-struct Lanes;
-template <>
-struct Lanes<float> {
+template <class T> struct Lanes;
+template <> struct Lanes<float> {
   using V = Vec;
   using I = IntVec;  // what a comparison yields
   using Int = int32_t;
   static constexpr int64_t kCount = kVectorBytes / 4;
 };
-template <>
-struct Lanes<double> {
+template <> struct Lanes<double> {
   using V = DVec;
   using I = LongVec;
   using Int = int64_t;
@@ -49,29 +46,25 @@ inline DVec clamp(DVec a, DVec low, DVec high) {
 }
 
 // The lanes [0, n) of a vector in memory; all of them unless TAIL.
-template <bool TAIL, class T>
-inline typename Lanes<T>::V load_lanes(const T* p, int64_t n) {
+template <bool TAIL, class T> inline typename Lanes<T>::V load_lanes(const T* p, int64_t n) {
   if constexpr (TAIL)
     return load_first(p, n);
   else
     return load(p);
 }
-template <bool TAIL, class T, class V>
-inline void store_lanes(T* p, V a, int64_t n) {
+template <bool TAIL, class T, class V> inline void store_lanes(T* p, V a, int64_t n) {
   if constexpr (TAIL)
     store_first(p, a, n);
   else
     store(p, a);
 }
 
-template <bool VALUE>
-struct Tail {
+template <bool VALUE> struct Tail {
   static constexpr bool value = VALUE;
 };
 
 // body(Tail<false>, i, lanes) for every whole vector of [0, total), then body(Tail<true>, i, rest) for what is left.
-template <class T, class Body>
-__attribute__((always_inline)) inline void for_lanes(int64_t total, Body&& body) {
+template <class T, class Body> __attribute__((always_inline)) inline void for_lanes(int64_t total, Body&& body) {
   constexpr int64_t kCount = Lanes<T>::kCount;
   int64_t i = 0;
   for (; i + kCount <= total; i += kCount) body(Tail<false>{}, i, kCount);

@@ -5,8 +5,7 @@
 
 namespace fastconv::cpu {
 
-template <class T>
-struct LossKernels {
+template <class T> struct LossKernels {
   // One row of n contiguous elements, result in y. logarithm: log softmax.
   void (*softmax_row)(const T* x, T* y, int64_t n, bool logarithm);
   void (*softmax_row_backward)(const T* dy, const T* y, T* dx, int64_t n, bool logarithm);
@@ -16,9 +15,10 @@ struct LossKernels {
                                    bool logarithm);
   // maximum of a row and the sum of exp(x - maximum)
   void (*row_sums)(const T* x, int64_t n, T* maximum, T* sum);
-  // With p the softmax of x: dx[c] = total p[c] - smooth weight[c], and dx[target] less hard. weight null: 1
-  void (*cross_entropy_row_backward)(const T* x, T* dx, int64_t n, int64_t target, double total, double smooth,
-                                     double hard, const T* weight);
+  // With p the softmax of x: dx[c] = hard (p[c] - [c is target]) + smooth (all_weights p[c] - weight[c]).
+  // weight null: 1
+  void (*cross_entropy_row_backward)(const T* x, T* dx, int64_t n, int64_t target, double hard, double smooth,
+                                     double all_weights, const T* weight);
 };
 
 }  // namespace fastconv::cpu

@@ -11,27 +11,21 @@ namespace {
 inline float logarithm_of(float a) { return __builtin_logf(a); }
 inline double logarithm_of(double a) { return __builtin_log(a); }
 
-template <class V>
-V larger(V a, V b) {
-  return a > b ? a : b;
-}
+template <class V> V larger(V a, V b) { return a > b ? a : b; }
 
 // Lanes [n, all) of a replaced.
-template <class T, class V>
-V fill_tail(V a, int64_t n, T value) {
+template <class T, class V> V fill_tail(V a, int64_t n, T value) {
   for (int64_t i = n; i < Lanes<T>::kCount; ++i) a[i] = value;
   return a;
 }
 
-template <class T, class V>
-T sum_lanes(V a) {
+template <class T, class V> T sum_lanes(V a) {
   T sum = 0;
   for (int64_t i = 0; i < Lanes<T>::kCount; ++i) sum += a[i];
   return sum;
 }
 
-template <class T>
-T row_maximum(const T* x, int64_t n) {
+template <class T> T row_maximum(const T* x, int64_t n) {
   constexpr T kLowest = -static_cast<T>(__builtin_inff());
   auto best = set1(kLowest);
   for_lanes<T>(n, [&](auto tail, int64_t i, int64_t lanes) {
@@ -46,8 +40,7 @@ T row_maximum(const T* x, int64_t n) {
 }
 
 // y = exp(x - maximum) unless null; their sum.
-template <class T>
-T row_exponentials(const T* x, T* y, int64_t n, T maximum) {
+template <class T> T row_exponentials(const T* x, T* y, int64_t n, T maximum) {
   typename Lanes<T>::V sum{};
   for_lanes<T>(n, [&](auto tail, int64_t i, int64_t lanes) {
     auto e = exp_lanes(load_lanes<tail.value>(x + i, lanes) - set1(maximum));
@@ -58,14 +51,12 @@ T row_exponentials(const T* x, T* y, int64_t n, T maximum) {
   return sum_lanes<T>(sum);
 }
 
-template <class T>
-void row_sums(const T* x, int64_t n, T* maximum, T* sum) {
+template <class T> void row_sums(const T* x, int64_t n, T* maximum, T* sum) {
   *maximum = row_maximum(x, n);
   *sum = row_exponentials<T>(x, nullptr, n, *maximum);
 }
 
-template <class T>
-void softmax_row(const T* x, T* y, int64_t n, bool logarithm) {
+template <class T> void softmax_row(const T* x, T* y, int64_t n, bool logarithm) {
   const T maximum = row_maximum(x, n);
   const T sum = row_exponentials<T>(x, logarithm ? nullptr : y, n, maximum);
   const T log_sum = logarithm ? logarithm_of(sum) : T{0};
@@ -77,8 +68,7 @@ void softmax_row(const T* x, T* y, int64_t n, bool logarithm) {
 }
 
 // softmax: dx = y (dy - sum of dy y); log softmax: dx = dy - exp(y) sum of dy
-template <class T>
-void softmax_row_backward(const T* dy, const T* y, T* dx, int64_t n, bool logarithm) {
+template <class T> void softmax_row_backward(const T* dy, const T* y, T* dx, int64_t n, bool logarithm) {
   typename Lanes<T>::V sum{};
   for_lanes<T>(n, [&](auto tail, int64_t i, int64_t lanes) {  // lanes beyond the tail are loaded as zero
     const auto g = load_lanes<tail.value>(dy + i, lanes);
@@ -91,8 +81,7 @@ void softmax_row_backward(const T* dy, const T* y, T* dx, int64_t n, bool logari
   });
 }
 
-template <class T>
-void softmax_columns(const T* x, T* y, int64_t n, int64_t step, int64_t columns, bool logarithm) {
+template <class T> void softmax_columns(const T* x, T* y, int64_t n, int64_t step, int64_t columns, bool logarithm) {
   using V = typename Lanes<T>::V;
   for_lanes<T>(columns, [&](auto tail, int64_t c, int64_t lanes) {
     V maximum = set1(-static_cast<T>(__builtin_inff())), sum{};
@@ -131,23 +120,25 @@ void softmax_columns_backward(const T* dy, const T* y, T* dx, int64_t n, int64_t
   });
 }
 
-// Finished in double: where the prediction is right or smoothed labels are met, the terms cancel.
+// Finished in double, because the terms cancel where smoothed labels are met; p[target] - 1 is minus the sum of the
+// others, because it cancels where the prediction is right.
 template <class T>
-void cross_entropy_row_backward(const T* x, T* dx, int64_t n, int64_t target, double total, double smooth, double hard,
-                                const T* weight) {
+void cross_entropy_row_backward(const T* x, T* dx, int64_t n, int64_t target, double hard, double smooth,
+                                double all_weights, const T* weight) {
   row_exponentials(x, dx, n, row_maximum(x, n));
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += dx[i];
-  const double scale = total / sum;
-  const double at_target = scale * dx[target] - smooth * (weight ? weight[target] : T{1}) - hard;
+  const double own = dx[target];
+  double others = 0;
+  for (int64_t i = 0; i < target; ++i) others += dx[i];
+  for (int64_t i = target + 1; i < n; ++i) others += dx[i];
+  const double sum = others + own, spread = smooth * all_weights / sum, scale = hard / sum + spread;
+  const double own_share = smooth * (weight ? weight[target] : T{1});
   for (int64_t i = 0; i < n; ++i) dx[i] = static_cast<T>(scale * dx[i] - smooth * (weight ? weight[i] : T{1}));
-  dx[target] = static_cast<T>(at_target);
+  dx[target] = static_cast<T>(spread * own - own_share - hard * (others / sum));
 }
 
-template <class T>
-constexpr LossKernels<T> loss_kernels() {
-  return {softmax_row<T>,  softmax_row_backward<T>, softmax_columns<T>, softmax_columns_backward<T>,
-          row_sums<T>,     cross_entropy_row_backward<T>};
+template <class T> constexpr LossKernels<T> loss_kernels() {
+  return {softmax_row<T>, softmax_row_backward<T>,      softmax_columns<T>, softmax_columns_backward<T>,
+          row_sums<T>,    cross_entropy_row_backward<T>};
 }
 
 }  // namespace

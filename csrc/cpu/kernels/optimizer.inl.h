@@ -7,9 +7,9 @@
 namespace fastconv::cpu {
 namespace {
 
-// d = g + weight_decay p; m = momentum m + (1 - dampening) d (d itself at first); p -= lr (nesterov ? d + momentum m : m)
-template <class T>
-void sgd(T* p, const T* g, T* momentum, int64_t n, const SgdSettings<T>& s) {
+// d = g + weight_decay p; m = momentum m + (1 - dampening) d (d itself at first); p -= lr (nesterov ? d + momentum m :
+// m)
+template <class T> void sgd(T* p, const T* g, T* momentum, int64_t n, const SgdSettings<T>& s) {
   const auto lr = set1(-s.lr), decay = set1(s.weight_decay), keep = set1(s.momentum), add = set1(s.one_minus_dampening);
   for_lanes<T>(n, [&](auto tail, int64_t i, int64_t lanes) {
     const auto value = load_lanes<tail.value>(p + i, lanes);
@@ -42,10 +42,7 @@ void adamw(T* __restrict p, const T* __restrict g, T* __restrict mean, T* __rest
   }
 }
 
-template <class T>
-constexpr OptimizerKernels<T> optimizer_kernels() {
-  return {sgd<T>, adamw<T>};
-}
+template <class T> constexpr OptimizerKernels<T> optimizer_kernels() { return {sgd<T>, adamw<T>}; }
 
 }  // namespace
 }  // namespace fastconv::cpu

@@ -13,24 +13,23 @@ struct PoolWindow {
 };
 
 // A row of windows. Element (r, s) of a window lies at x + offset + r * row_step + s * column_step.
-template <class T>
-struct PoolRow {
-  const T* x;            // first pixel of the first image row that the windows cover
-  T* dx;                 // the same place of the gradient
-  int64_t rows;          // image rows that the windows cover; 0: all in the padding
+template <class T> struct PoolRow {
+  const T* x;    // first pixel of the first image row that the windows cover
+  T* dx;         // the same place of the gradient
+  int64_t rows;  // image rows that the windows cover; 0: all in the padding
   int64_t row_step, column_step;
+  int64_t next_row;  // from an element to the same one of the next row of windows
   const PoolWindow* windows;
   int64_t outputs;
-  T* y;                  // or dy
-  int64_t pixel;         // distance of neighbouring outputs, in elements
+  T* y;           // or dy
+  int64_t pixel;  // distance of neighbouring outputs, in elements
   int64_t channels;
-  int64_t row_extent;    // of an average's divisor
-  T divisor;             // 0: row_extent * the window's extent
-  bool accumulate;       // add to dx, otherwise store
+  int64_t row_extent;  // of an average's divisor
+  T divisor;           // 0: row_extent * the window's extent
+  bool accumulate;     // add to dx, otherwise store
 };
 
-template <class T>
-struct Pool2dKernels {
+template <class T> struct Pool2dKernels {
   // y = maximum. The first one wins a tie, NaN wins over everything.
   void (*max)(const PoolRow<T>&);
   // The same, and index[output * pixel + c] = plane + r * row_step / pixel + s * column_step / pixel + offset / pixel

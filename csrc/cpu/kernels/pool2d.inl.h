@@ -8,35 +8,63 @@
 namespace fastconv::cpu {
 namespace {
 
-template <class T>
-constexpr T kMinusInfinity = -static_cast<T>(__builtin_inff());
+template <class T> constexpr T kMinusInfinity = -static_cast<T>(__builtin_inff());
 
-// body(r, s, offset of the element) for the elements of a window in row-major order
-template <class T, class Body>
+// body(r, s, offset of the element) for the elements of a window in row-major order. R x S is the window's size where
+// it is known to the compiler, 0 x 0 otherwise.
+template <int R, int S, class T, class Body>
 __attribute__((always_inline)) inline void for_window(const PoolRow<T>& t, const PoolWindow& window, Body&& body) {
-  for (int64_t r = 0; r < t.rows; ++r) {
-    const int64_t row = window.offset + r * t.row_step;
-    for (int64_t s = 0; s < window.columns; ++s) body(r, s, row + s * t.column_step);
+  if constexpr (R > 0) {
+#pragma GCC unroll 3
+    for (int64_t r = 0; r < R; ++r)
+#pragma GCC unroll 3
+      for (int64_t s = 0; s < S; ++s) body(r, s, window.offset + r * t.row_step + s * t.column_step);
+  } else {
+    for (int64_t r = 0; r < t.rows; ++r)
+      for (int64_t s = 0; s < window.columns; ++s) body(r, s, window.offset + r * t.row_step + s * t.column_step);
   }
 }
 
-template <class T>
-void max_row(const PoolRow<T>& t) {
+// body(Size<R, S>, q) for every output of the row: the common windows have loops of their own.
+template <int R, int S> struct Size {
+  static constexpr int rows = R, columns = S;
+};
+template <class T, class Body>
+__attribute__((always_inline)) inline void for_outputs(const PoolRow<T>& t, Body&& body) {
+  for (int64_t q = 0; q < t.outputs; ++q) {
+    const int64_t columns = t.windows[q].columns;
+    if (t.rows == 2 && columns == 2)
+      body(Size<2, 2>{}, q);
+    else if (t.rows == 3 && columns == 3)
+      body(Size<3, 3>{}, q);
+    else
+      body(Size<0, 0>{}, q);
+  }
+}
+
+// Each element fetches the one that the next row of outputs will need in its place: with a few operations on every
+// cache line the processor does not look that far ahead itself.
+template <class T> inline void prefetch_next(const PoolRow<T>& t, int64_t at) {
+  prefetch(reinterpret_cast<const float*>(t.x + at + t.next_row));
+}
+
+template <class T> void max_row(const PoolRow<T>& t) {
   using V = typename Lanes<T>::V;
-  for (int64_t q = 0; q < t.outputs; ++q)
+  for_outputs(t, [&](auto size, int64_t q) {
     for_lanes<T>(t.channels, [&](auto tail, int64_t c, int64_t n) {
       V best = set1(kMinusInfinity<T>);
-      for_window(t, t.windows[q], [&](int64_t, int64_t, int64_t at) {
+      for_window<size.rows, size.columns>(t, t.windows[q], [&](int64_t, int64_t, int64_t at) {
         const V a = load_lanes<tail.value>(t.x + at + c, n);
+        prefetch_next(t, at + c);
         best = a > best ? a : best;
         best = a == a ? best : a;
       });
       store_lanes<tail.value>(t.y + q * t.pixel + c, best, n);
     });
+  });
 }
 
-template <class T>
-void max_row_index(const PoolRow<T>& t, int64_t plane, int64_t* index) {
+template <class T> void max_row_index(const PoolRow<T>& t, int64_t plane, int64_t* index) {
   using V = typename Lanes<T>::V;
   using I = typename Lanes<T>::I;
   using Int = typename Lanes<T>::Int;
@@ -45,7 +73,7 @@ void max_row_index(const PoolRow<T>& t, int64_t plane, int64_t* index) {
     for_lanes<T>(t.channels, [&](auto tail, int64_t c, int64_t n) {
       V best = set1(kMinusInfinity<T>);
       I row{}, column{};
-      for_window(t, t.windows[q], [&](int64_t r, int64_t s, int64_t at) {
+      for_window<0, 0>(t, t.windows[q], [&](int64_t r, int64_t s, int64_t at) {
         const V a = load_lanes<tail.value>(t.x + at + c, n);
         const I here_row = I{} + static_cast<Int>(r), here_column = I{} + static_cast<Int>(s);
         const I greater = a > best, number = a == a;
@@ -63,19 +91,20 @@ void max_row_index(const PoolRow<T>& t, int64_t plane, int64_t* index) {
     });
 }
 
-template <class T, bool ACCUMULATE>
-void max_row_backward_as(const PoolRow<T>& t) {
+template <class T, bool ACCUMULATE> void max_row_backward_as(const PoolRow<T>& t) {
   using V = typename Lanes<T>::V;
   using I = typename Lanes<T>::I;
   using Int = typename Lanes<T>::Int;
-  for (int64_t q = 0; q < t.outputs; ++q)
+  for_outputs(t, [&](auto size, int64_t q) {
+    const PoolWindow& window = t.windows[q];
+    const int64_t columns = size.columns > 0 ? size.columns : window.columns;
     for_lanes<T>(t.channels, [&](auto tail, int64_t c, int64_t n) {
-      const PoolWindow& window = t.windows[q];
       V best = set1(kMinusInfinity<T>);
       I winner{};
-      for_window(t, window, [&](int64_t r, int64_t s, int64_t at) {
+      for_window<size.rows, size.columns>(t, window, [&](int64_t r, int64_t s, int64_t at) {
         const V a = load_lanes<tail.value>(t.x + at + c, n);
-        const I here = I{} + static_cast<Int>(r * window.columns + s);
+        prefetch_next(t, at + c);
+        const I here = I{} + static_cast<Int>(r * columns + s);
         const I greater = a > best, number = a == a;
         winner = greater ? here : winner;
         best = greater ? a : best;
@@ -83,29 +112,27 @@ void max_row_backward_as(const PoolRow<T>& t) {
         best = number ? best : a;
       });
       const V dy = load_lanes<tail.value>(t.y + q * t.pixel + c, n);
-      for_window(t, window, [&](int64_t r, int64_t s, int64_t at) {
-        const I here = I{} + static_cast<Int>(r * window.columns + s);
+      for_window<size.rows, size.columns>(t, window, [&](int64_t r, int64_t s, int64_t at) {
+        const I here = I{} + static_cast<Int>(r * columns + s);
         V g = winner == here ? dy : V{};
         if constexpr (ACCUMULATE) g = g + load_lanes<tail.value>(t.dx + at + c, n);
         store_lanes<tail.value>(t.dx + at + c, g, n);
       });
     });
+  });
 }
 
-template <class T>
-void max_row_backward(const PoolRow<T>& t) {
+template <class T> void max_row_backward(const PoolRow<T>& t) {
   if (t.accumulate) return max_row_backward_as<T, true>(t);
   return max_row_backward_as<T, false>(t);
 }
 
-template <class T>
-T divisor_of(const PoolRow<T>& t, const PoolWindow& window) {
+template <class T> T divisor_of(const PoolRow<T>& t, const PoolWindow& window) {
   return t.divisor != 0 ? t.divisor : static_cast<T>(t.row_extent * window.extent);
 }
 
 // Sums each row of the window before adding it: the error of a sum over an image grows with its side, not its area.
-template <class T>
-void average_row(const PoolRow<T>& t) {
+template <class T> void average_row(const PoolRow<T>& t) {
   using V = typename Lanes<T>::V;
   for (int64_t q = 0; q < t.outputs; ++q) {
     const PoolWindow& window = t.windows[q];
@@ -124,8 +151,7 @@ void average_row(const PoolRow<T>& t) {
   }
 }
 
-template <class T, bool ACCUMULATE>
-void average_row_backward_as(const PoolRow<T>& t) {
+template <class T, bool ACCUMULATE> void average_row_backward_as(const PoolRow<T>& t) {
   using V = typename Lanes<T>::V;
   for (int64_t q = 0; q < t.outputs; ++q) {
     const PoolWindow& window = t.windows[q];
@@ -133,7 +159,7 @@ void average_row_backward_as(const PoolRow<T>& t) {
     const V divisor = set1(divisor_of(t, window));
     for_lanes<T>(t.channels, [&](auto tail, int64_t c, int64_t n) {
       const V share = load_lanes<tail.value>(t.y + q * t.pixel + c, n) / divisor;
-      for_window(t, window, [&](int64_t, int64_t, int64_t at) {
+      for_window<0, 0>(t, window, [&](int64_t, int64_t, int64_t at) {
         V g = share;
         if constexpr (ACCUMULATE) g = g + load_lanes<tail.value>(t.dx + at + c, n);
         store_lanes<tail.value>(t.dx + at + c, g, n);
@@ -142,14 +168,12 @@ void average_row_backward_as(const PoolRow<T>& t) {
   }
 }
 
-template <class T>
-void average_row_backward(const PoolRow<T>& t) {
+template <class T> void average_row_backward(const PoolRow<T>& t) {
   if (t.accumulate) return average_row_backward_as<T, true>(t);
   return average_row_backward_as<T, false>(t);
 }
 
-template <class T>
-constexpr Pool2dKernels<T> pool2d_kernels() {
+template <class T> constexpr Pool2dKernels<T> pool2d_kernels() {
   return {max_row<T>, max_row_index<T>, max_row_backward<T>, average_row<T>, average_row_backward<T>};
 }
 
