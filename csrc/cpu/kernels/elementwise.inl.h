@@ -8,8 +8,9 @@
 namespace fastconv::cpu {
 namespace {
 
-// Each function: forward(x, a), backward(dy, x, a); V is a vector, S(number) one of equal lanes, a the parameter.
+// Each function: forward(x, a) and backward(dy, x, a) of vectors, a the parameter in every lane.
 // Conditions are written so that NaN goes to the branch that keeps it.
+// A number in every lane: Constant<T>::of(6).
 template <class T> struct Constant {
   using V = typename Lanes<T>::V;
   static V of(double value) { return set1(static_cast<T>(value)); }
@@ -146,47 +147,66 @@ template <class T> void add_bias(T* y, int64_t rows, int64_t channels, const T* 
 }
 
 // Philox4x32-10: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3.
-// Block b of four words is a function of (seed, b) alone; kBlocks of them at a time so that the rounds are vectors.
-constexpr int kBlocks = 16;
+// Block b of four words is a function of (seed, b) alone. A word sits in a lane of 64 bits, so that its product with a
+// constant is whole; several vectors of blocks at a time hide the latency of the multiplications.
+constexpr int kWordLanes = kVectorBytes / 8;
+constexpr int kBlockVectors = 2;
+constexpr int kBlocks = kBlockVectors * kWordLanes;
 
 inline void philox(uint64_t seed, uint64_t first_block, uint32_t* words) {
-  uint32_t a[kBlocks], b[kBlocks], c[kBlocks], d[kBlocks];
-  for (int i = 0; i < kBlocks; ++i) {
-    const uint64_t counter = first_block + i;
-    a[i] = static_cast<uint32_t>(counter);
-    b[i] = static_cast<uint32_t>(counter >> 32);
-    c[i] = d[i] = 0;
+  constexpr uint64_t kLow = 0xffffffff;
+  const Words first = Words{} + 0xD2511F53, second = Words{} + 0xCD9E8D57;
+  Words a[kBlockVectors], b[kBlockVectors], c[kBlockVectors], d[kBlockVectors];
+  for (int v = 0; v < kBlockVectors; ++v) {
+    Words counter;
+    for (int i = 0; i < kWordLanes; ++i) counter[i] = first_block + v * kWordLanes + i;
+    a[v] = counter & kLow;
+    b[v] = counter >> 32;
+    c[v] = d[v] = Words{};
   }
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  uint64_t key0 = seed & kLow, key1 = seed >> 32;
   for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < kBlocks; ++i) {
-      const uint64_t p = uint64_t{0xD2511F53} * a[i], q = uint64_t{0xCD9E8D57} * c[i];
-      a[i] = static_cast<uint32_t>(q >> 32) ^ b[i] ^ key0;
-      b[i] = static_cast<uint32_t>(q);
-      c[i] = static_cast<uint32_t>(p >> 32) ^ d[i] ^ key1;
-      d[i] = static_cast<uint32_t>(p);
+#pragma GCC unroll 2
+    for (int v = 0; v < kBlockVectors; ++v) {
+      const Words p = multiply_words(a[v], first), q = multiply_words(c[v], second);
+      a[v] = (q >> 32) ^ b[v] ^ key0;
+      b[v] = q & kLow;
+      c[v] = (p >> 32) ^ d[v] ^ key1;
+      d[v] = p & kLow;
     }
-    key0 += 0x9E3779B9;
-    key1 += 0xBB67AE85;
+    key0 = (key0 + 0x9E3779B9) & kLow;
+    key1 = (key1 + 0xBB67AE85) & kLow;
   }
-  for (int i = 0; i < kBlocks; ++i) {
-    words[4 * i] = a[i];
-    words[4 * i + 1] = b[i];
-    words[4 * i + 2] = c[i];
-    words[4 * i + 3] = d[i];
-  }
+  for (int v = 0; v < kBlockVectors; ++v)
+    for (int i = 0; i < kWordLanes; ++i) {
+      uint32_t* block = words + 4 * (v * kWordLanes + i);
+      block[0] = static_cast<uint32_t>(a[v][i]);
+      block[1] = static_cast<uint32_t>(b[v][i]);
+      block[2] = static_cast<uint32_t>(c[v][i]);
+      block[3] = static_cast<uint32_t>(d[v][i]);
+    }
 }
 
 template <class T>
 void dropout(const T* x, T* y, int64_t n, uint64_t seed, uint64_t offset, uint32_t threshold, T scale) {
-  constexpr int64_t kWords = 4 * kBlocks;
+  using V = typename Lanes<T>::V;
+  using I = typename Lanes<T>::I;
+  using Int = typename Lanes<T>::Int;
+  constexpr int64_t kWords = 256;
   uint32_t words[kWords];
+  Int keep[kWords + Lanes<T>::kCount] = {};  // all bits set, or none; a tail reads a whole vector
   int64_t skip = static_cast<int64_t>(offset % 4);
   uint64_t block = offset / 4;
-  for (int64_t i = 0; i < n; block += kBlocks) {
-    philox(seed, block, words);
+  for (int64_t i = 0; i < n;) {
+    for (int64_t j = 0; j < kWords; j += 4 * kBlocks, block += kBlocks) philox(seed, block, words + j);
+    for (int64_t j = 0; j < kWords; ++j) keep[j] = -static_cast<Int>(words[j] >= threshold);
     const int64_t count = n - i < kWords - skip ? n - i : kWords - skip;
-    for (int64_t j = 0; j < count; ++j) y[i + j] = words[skip + j] >= threshold ? x[i + j] * scale : T{0};
+    for_lanes<T>(count, [&](auto tail, int64_t j, int64_t lanes) {
+      I mask;
+      __builtin_memcpy(&mask, keep + skip + j, sizeof(mask));
+      const V scaled = load_lanes<tail.value>(x + i + j, lanes) * set1(scale);
+      store_lanes<tail.value>(y + i + j, mask ? scaled : V{}, lanes);
+    });
     i += count;
     skip = 0;
   }

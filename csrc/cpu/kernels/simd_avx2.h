@@ -31,6 +31,11 @@ inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 // The second operand is returned where one is NaN, so NaN passes through a clamp.
 inline Vec clamp(Vec a, Vec low, Vec high) { return _mm256_min_ps(high, _mm256_max_ps(low, a)); }
+// Lanes of 64 bits, and the products of their low halves.
+typedef uint64_t Words __attribute__((vector_size(32)));
+inline Words multiply_words(Words a, Words b) {
+  return reinterpret_cast<Words>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+}
 inline void prefetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 inline void prefetch_l2(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
