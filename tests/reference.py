@@ -207,7 +207,7 @@ def conv_transpose2d_backward(
 
 
 def gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
-    """Written so that nothing cancels: F.gelu's x / 2 (1 + erf) is 0 below -8.3, even in float64."""
+    """Nothing cancels here, while F.gelu's x / 2 (1 + erf) is 0 below -8.3, even in float64."""
     if approximate == "none":
         return x / 2 * torch.special.erfc(-x / math.sqrt(2))
     return x * torch.sigmoid(gelu_tanh_argument(x))

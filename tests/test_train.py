@@ -458,11 +458,12 @@ def lines_in(path: Path) -> int:
 def embedded_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs of 63 steps on the embedded digits, never stopped."""
     folder = tmp_path_factory.mktemp("runs") / "embedded"
-    train.train(TrainConfig(epochs=2, log_every=1, checkpoint_every=20), folder)
+    train.train(TrainConfig(epochs=2, log_every=1, checkpoint_every=20, threads=1), folder)
     return folder
 
 
-EMBEDDED = ("--epochs=2", "--log-every=1", "--checkpoint-every=20")
+# One thread: on a busy machine two that wait for each other take many times as long.
+EMBEDDED = ("--epochs=2", "--log-every=1", "--checkpoint-every=20", "--threads=1")
 
 
 @pytest.mark.parametrize("steps", [5, 30, 85])

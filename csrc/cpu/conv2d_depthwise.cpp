@@ -13,15 +13,19 @@ namespace {
 
 // Outputs larger than this leave the cache before anybody reads them: writing around it saves reading them first.
 constexpr int64_t kStreamFloats = int64_t{2} << 20;
-// Rows of x and dy of one call of the weight gradient's kernel, which runs over them once for every vector of channels.
-constexpr int64_t kGradientFloats = 48 * 1024;
-
 int64_t first_offset(const AxisTaps& axis) { return axis.taps.empty() ? 0 : axis.taps[0].offset; }
 int64_t tap_step(const AxisTaps& axis) {
   return axis.taps.size() < 2 ? 1 : axis.taps[1].offset - axis.taps[0].offset;
 }
 
-// The taps of one phase of rows and one of columns: weights [row tap][column tap][channel].
+// The kernels want a tap's source column to grow with its number.
+std::vector<AxisTaps> ascending(std::vector<AxisTaps> axes) {
+  for (AxisTaps& axis : axes)
+    if (tap_step(axis) < 0) std::reverse(axis.taps.begin(), axis.taps.end());
+  return axes;
+}
+
+// The taps of one phase of rows and one of columns: weights [row tap][vector of channels][column tap][lane].
 struct Phase {
   const AxisTaps* rows;
   const AxisTaps* columns;
@@ -38,46 +42,49 @@ struct Image {
 void run(const float* x, Image x_size, int64_t images, int64_t channels, const TensorView& w,
          const std::vector<AxisTaps>& rows, const std::vector<AxisTaps>& columns, float* y, Image y_size,
          const Epilogue& epilogue) {
+  const int64_t lanes = kernels().conv2d.lanes, vectors = (channels + lanes - 1) / lanes;
   size_t taps = 0;
   for (const AxisTaps& row : rows)
     for (const AxisTaps& column : columns) taps += row.taps.size() * column.taps.size();
-  Buffer packed(std::max<size_t>(taps * channels, 1) * sizeof(float));
+  Buffer packed(std::max<size_t>(taps * vectors * lanes, 1) * sizeof(float));
   float* to = packed.as<float>();
   std::vector<Phase> phases;
   for (const AxisTaps& row : rows)
     for (const AxisTaps& column : columns) {
       phases.push_back({&row, &column, to});
       for (const auto& r : row.taps)
-        for (const auto& s : column.taps) {
-          const float* from = w.as<float>() + r.index * w.strides[2] + s.index * w.strides[3];
-          for (int64_t c = 0; c < channels; ++c) *to++ = from[c * w.strides[0]];
-        }
+        for (int64_t c = 0; c < vectors * lanes; c += lanes)
+          for (const auto& s : column.taps) {
+            const float* from = w.as<float>() + r.index * w.strides[2] + s.index * w.strides[3];
+            for (int64_t i = c; i < c + lanes; ++i) *to++ = i < channels ? from[i * w.strides[0]] : 0.0f;
+          }
     }
 
   const bool streaming = channels % 16 == 0 && images * y_size.h * y_size.w * channels >= kStreamFloats;
   const int64_t row_phases = rows.size(), column_phases = columns.size();
   parallel_ranges(images * y_size.h, std::max<int64_t>(16384 / (y_size.w * channels), 1),
                   [&](int64_t begin, int64_t end) {
-    std::vector<const float*> x_rows;
+    std::vector<const float*> x_rows, w_rows;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / y_size.h, y_row = i % y_size.h, row_phase = y_row % row_phases, j = y_row / row_phases;
       for (int64_t column_phase = 0; column_phase < column_phases; ++column_phase) {
         const Phase& phase = phases[row_phase * column_phases + column_phase];
         const AxisTaps& column = *phase.columns;
-        x_rows.assign(phase.row_taps(), nullptr);
-        for (size_t a = 0; a < x_rows.size(); ++a) {
+        x_rows.clear();
+        w_rows.clear();
+        for (int64_t a = 0; a < phase.row_taps(); ++a) {
           const int64_t row = j * phase.rows->step + phase.rows->taps[a].offset;
-          if (row >= 0 && row < x_size.h) x_rows[a] = x + (n * x_size.h + row) * x_size.w * channels;
+          if (row < 0 || row >= x_size.h) continue;
+          x_rows.push_back(x + (n * x_size.h + row) * x_size.w * channels);
+          w_rows.push_back(phase.weights + a * vectors * static_cast<int64_t>(column.taps.size()) * lanes);
         }
         const int64_t at = (i * y_size.w + column.out_first) * channels;
         DepthwiseRow t{};
-        t.x_rows = x_rows.data();
+        t.x_rows = x_rows.data(), t.w_rows = w_rows.data();
         t.kernel_rows = x_rows.size(), t.kernel_columns = column.taps.size();
         t.x_width = x_size.w;
         t.first = first_offset(column), t.step = column.step, t.tap_step = tap_step(column);
         t.x_pixel = channels, t.y_pixel = column.out_step * channels;
-        t.w = phase.weights;
-        t.w_stride = channels;
         t.y = y + at;
         t.residual = epilogue.residual ? epilogue.residual + at : nullptr;
         t.bias = epilogue.bias;
@@ -110,54 +117,55 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
 void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) {
   run(static_cast<const float*>(args.dy), {a.p, a.q}, a.n, a.c, args.w,
       backward_axes(a.h, a.r, a.stride_h, a.pad_top, a.dilation_h),
-      backward_axes(a.w, a.s, a.stride_w, a.pad_left, a.dilation_w), static_cast<float*>(args.dx), {a.h, a.w}, {});
+      ascending(backward_axes(a.w, a.s, a.stride_w, a.pad_left, a.dilation_w)), static_cast<float*>(args.dx), {a.h, a.w}, {});
 }
 
 void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args) {
   const auto* x = static_cast<const float*>(args.x);
   const auto* dy = static_cast<const float*>(args.dy);
-  const int64_t taps = a.r * a.s, floats = taps * a.c;
-  const int64_t band = std::clamp<int64_t>(kGradientFloats / (a.q * a.c), 1, a.p), bands = (a.p + band - 1) / band;
-  const int64_t units = a.n * bands;
-  const int64_t parts = std::clamp<int64_t>(std::min(units, a.n * a.p * a.q / (4 * taps)), 1, 32);
+  const int64_t lanes = kernels().conv2d.lanes, vectors = (a.c + lanes - 1) / lanes;
+  const int64_t floats = a.r * a.s * vectors * lanes, rows = a.n * a.p;
+  const int64_t parts = std::clamp<int64_t>(std::min(rows / 4, rows * a.q / (4 * a.r * a.s)), 1, 32);
   Buffer sums(parts * floats * sizeof(float));
   parallel_for(parts, [&](int64_t i, int) {
     float* acc = sums.as<float>() + i * floats;
     std::memset(acc, 0, floats * sizeof(float));
-    std::vector<const float*> x_rows(band * a.r), dy_rows(band);
-    const Range mine = split(units, parts, i);
-    for (int64_t unit = mine.begin; unit < mine.end; ++unit) {
-      const int64_t n = unit / bands, p0 = unit % bands * band, p1 = std::min(a.p, p0 + band);
-      for (int64_t p = p0; p < p1; ++p) {
-        dy_rows[p - p0] = dy + (n * a.p + p) * a.q * a.c;
-        for (int64_t r = 0; r < a.r; ++r) {
-          const int64_t row = p * a.stride_h - a.pad_top + r * a.dilation_h;
-          x_rows[(p - p0) * a.r + r] = row >= 0 && row < a.h ? x + (n * a.h + row) * a.w * a.c : nullptr;
-        }
+    std::vector<const float*> x_rows;
+    std::vector<float*> dw_rows;
+    DepthwiseWeightRow t{};
+    t.kernel_columns = a.s;
+    t.x_width = a.w;
+    t.first = -a.pad_left, t.step = a.stride_w, t.tap_step = a.dilation_w;
+    t.pixel = a.c;
+    t.outputs = a.q;
+    t.channels = a.c;
+    const Range mine = split(rows, parts, i);
+    for (int64_t j = mine.begin; j < mine.end; ++j) {
+      x_rows.clear();
+      dw_rows.clear();
+      for (int64_t r = 0; r < a.r; ++r) {
+        const int64_t row = j % a.p * a.stride_h - a.pad_top + r * a.dilation_h;
+        if (row < 0 || row >= a.h) continue;
+        x_rows.push_back(x + (j / a.p * a.h + row) * a.w * a.c);
+        dw_rows.push_back(acc + r * vectors * a.s * lanes);
       }
-      DepthwiseWeightRow t{};
-      t.x_rows = x_rows.data();
-      t.dy_rows = dy_rows.data();
-      t.output_rows = p1 - p0;
-      t.kernel_rows = a.r, t.kernel_columns = a.s;
-      t.x_width = a.w;
-      t.first = -a.pad_left, t.step = a.stride_w, t.tap_step = a.dilation_w;
-      t.pixel = a.c;
-      t.dw = acc;
-      t.dw_stride = a.c;
-      t.outputs = a.q;
-      t.channels = a.c;
-      kernels().conv2d.depthwise_weight_rows(t);
+      if (x_rows.empty()) continue;
+      t.x_rows = x_rows.data(), t.dw_rows = dw_rows.data();
+      t.kernel_rows = x_rows.size();
+      t.dy = dy + j * a.q * a.c;
+      kernels().conv2d.depthwise_weight_row(t);
     }
   });
   const auto* partial = sums.as<float>();
   const auto& stride = args.dw.strides;
-  for (int64_t tap = 0; tap < taps; ++tap)
-    for (int64_t c = 0; c < a.c; ++c) {
-      float sum = 0;
-      for (int64_t part = 0; part < parts; ++part) sum += partial[part * floats + tap * a.c + c];
-      args.dw.as<float>()[c * stride[0] + tap / a.s * stride[2] + tap % a.s * stride[3]] = sum;
-    }
+  for (int64_t c = 0; c < a.c; ++c)
+    for (int64_t r = 0; r < a.r; ++r)
+      for (int64_t s = 0; s < a.s; ++s) {
+        const int64_t at = ((r * vectors + c / lanes) * a.s + s) * lanes + c % lanes;
+        float sum = 0;
+        for (int64_t part = 0; part < parts; ++part) sum += partial[part * floats + at];
+        args.dw.as<float>()[c * stride[0] + r * stride[2] + s * stride[3]] = sum;
+      }
 }
 
 }  // namespace fastconv::cpu::depthwise

@@ -190,7 +190,7 @@ void run(const DirectProblem& d) {
         const Range mine = split(panels.count(), panel_parts, part);
         // Every tile reads its whole part of a panel, which must stay in L2 from tile to tile.
         const int64_t block_floats = taps.size() * d.block * panels.tile_k;
-        const int64_t parts = std::clamp<int64_t>(band.blocks() * block_floats / kPanelFloats, 1, band.blocks());
+        const int64_t parts = std::clamp<int64_t>(band.blocks() * block_floats / kPanelFloats, 1, std::max<int64_t>(band.blocks(), 1));
         for (int64_t panel = mine.begin; panel < mine.end; ++panel)
           for (int64_t j = 0; j < parts; ++j)
             run_panel(d, band, range, weights.panel(g * panels.count() + panel), g, panel, panels,

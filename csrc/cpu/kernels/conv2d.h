@@ -65,36 +65,33 @@ struct FirstLayerWeightTile {
   float* acc;             // [taps][width]
 };
 
-// One row of a depthwise convolution over `channels` channels:
-// y[j * y_step] = sum over (a, b) w[(a * columns + b)] * x_rows[a][(first + j * step + b * tap_step)]
+// One row of a depthwise convolution:
+// y[j] = sum over (a, b) of w[a][b] x_rows[a][first + j * step + b * tap_step], for every channel.
 struct DepthwiseRow {
-  const float* const* x_rows;  // one a kernel row; null: the row lies in the padding
+  const float* const* x_rows;  // of the kernel rows that lie in the image
+  const float* const* w_rows;  // of the same: [channels / lanes, rounded up][kernel_columns][lanes], zero in the tail
   int64_t kernel_rows, kernel_columns;
-  int64_t x_width;             // pixels of a source row
-  int64_t first, step, tap_step;  // source column of output 0 and tap 0; per output; per tap
-  int64_t x_pixel, y_pixel;    // distance of neighbouring source columns / consecutive outputs, in floats
-  const float* w;              // [kernel_rows * kernel_columns][w_stride]
-  int64_t w_stride;
+  int64_t x_width;                // pixels of a source row
+  int64_t first, step, tap_step;  // source column of output 0 and tap 0; per output; per tap (both positive)
+  int64_t x_pixel, y_pixel;       // floats between neighbouring source columns, and between consecutive outputs
   float* y;
-  const float* residual;       // like y, or null
-  const float* bias;           // or null
+  const float* residual;  // like y, or null
+  const float* bias;      // or null
   int64_t outputs;
   int64_t channels;
   float low, high;
-  bool streaming;              // non-temporal stores of full vectors; y and y_pixel aligned
+  bool streaming;  // non-temporal stores of full vectors; y and y_pixel aligned
 };
 
-// dw[a * columns + b][c] += sum over j of dy[j][c] x_rows[a][first + j * step + b * tap_step][c]
+// dw[a][b] += sum over j of dy[j] x_rows[a][first + j * step + b * tap_step], for every channel.
 struct DepthwiseWeightRow {
-  const float* const* x_rows;  // [output_rows][kernel_rows]; null: in the padding
-  const float* const* dy_rows;
-  int64_t output_rows;
+  const float* const* x_rows;
+  float* const* dw_rows;  // laid out as w_rows
+  const float* dy;
   int64_t kernel_rows, kernel_columns;
   int64_t x_width;
   int64_t first, step, tap_step;
-  int64_t pixel;               // floats between neighbouring pixels of x and of dy
-  float* dw;                   // [kernel_rows * kernel_columns][dw_stride]
-  int64_t dw_stride;
+  int64_t pixel;  // floats between neighbouring pixels of x and of dy
   int64_t outputs;
   int64_t channels;
 };
@@ -122,7 +119,7 @@ struct Conv2dKernels {
   void (*weight_tile)(const WeightTile&);
   void (*first_layer_weight_tile)(const FirstLayerWeightTile&);
   void (*depthwise_row)(const DepthwiseRow&);
-  void (*depthwise_weight_rows)(const DepthwiseWeightRow&);
+  void (*depthwise_weight_row)(const DepthwiseWeightRow&);
 };
 
 }  // namespace fastconv::cpu

@@ -36,6 +36,7 @@ typedef uint64_t Words __attribute__((vector_size(32)));
 inline Words multiply_words(Words a, Words b) {
   return reinterpret_cast<Words>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
 }
+inline void keep(Vec& a) { asm("" : "+x"(a)); }  // in a register, not as a memory operand
 inline void prefetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 inline void prefetch_l2(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 

@@ -38,6 +38,7 @@ inline Vec clamp(Vec a, Vec low, Vec high) {
 // Lanes of 64 bits, and the products of their low halves.
 typedef uint64_t Words __attribute__((vector_size(16)));
 inline Words multiply_words(Words a, Words b) { return (a & 0xffffffff) * (b & 0xffffffff); }
+inline void keep(Vec&) {}  // a hint that this compiler has no portable form for
 inline void prefetch(const float* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_l2(const float* p) { __builtin_prefetch(p, 0, 2); }
 

@@ -28,7 +28,7 @@ constexpr Conv2dKernels conv2d_kernels() {
       weight_tile,
       first_layer_weight_tile,
       depthwise_row,
-      depthwise_weight_rows,
+      depthwise_weight_row,
   };
 }
 
