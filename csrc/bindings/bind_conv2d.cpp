@@ -24,8 +24,8 @@ py::array conv2d(const py::array& x_in, const py::array& w_in, const MaybeArray&
                  Pair stride, const Padding& padding, Pair dilation, int64_t groups, const std::string& activation) {
   const TensorView w = view(w_in, "weight");
   const TensorView x_view = view(x_in, "input");
-  const Conv2dProblem problem = make_conv2d(x_view.dtype, shape4(x_view, "input"), shape4(w, "weight"), stride, padding,
-                                            dilation, groups);
+  const Conv2dProblem problem =
+      make_conv2d(x_view.dtype, shape4(x_view, "input"), shape4(w, "weight"), stride, padding, dilation, groups);
   check_float("input", problem.dtype);
   problem.check("weight", w, problem.w_shape());
   const std::optional<Vector> b = dense_bias(bias, problem.dtype, problem.k);
@@ -36,8 +36,12 @@ py::array conv2d(const py::array& x_in, const py::array& w_in, const MaybeArray&
   }
   const ChannelsLast x(x_in, "input");
   Output y(problem.dtype, problem.y_shape(), x.layout());
-  const cpu::ForwardArguments args{x.data(), w, b ? b->data() : nullptr, dense_residual ? dense_residual->data() : nullptr,
-                                   parse_activation(activation), y.data()};
+  const cpu::ForwardArguments args{x.data(),
+                                   w,
+                                   b ? b->data() : nullptr,
+                                   dense_residual ? dense_residual->data() : nullptr,
+                                   parse_activation(activation),
+                                   y.data()};
   {
     py::gil_scoped_release nogil;
     cpu::conv2d_forward(problem, args);
@@ -90,8 +94,8 @@ using Gradients = std::tuple<MaybeArray, MaybeArray, MaybeArray>;
 Gradients conv2d_backward(const py::array& dy, const py::array& x, const py::array& w, Pair stride,
                           const Padding& padding, Pair dilation, int64_t groups, std::array<bool, 3> needs) {
   const TensorView x_view = view(x, "input"), w_view = view(w, "weight");
-  const Conv2dProblem problem = make_conv2d(x_view.dtype, shape4(x_view, "input"), shape4(w_view, "weight"), stride,
-                                            padding, dilation, groups);
+  const Conv2dProblem problem =
+      make_conv2d(x_view.dtype, shape4(x_view, "input"), shape4(w_view, "weight"), stride, padding, dilation, groups);
   check_float("input", problem.dtype);
   problem.check("weight", w_view, problem.w_shape());
   problem.check("dy", view(dy, "dy"), problem.y_shape());
@@ -104,8 +108,8 @@ Gradients conv2d_backward(const py::array& dy, const py::array& x, const py::arr
 
 Conv2dProblem transpose_problem(const TensorView& x, const TensorView& w, Pair stride, Pair padding,
                                 Pair output_padding, Pair dilation, int64_t groups) {
-  const Conv2dProblem problem = make_conv_transpose2d(x.dtype, shape4(x, "input"), shape4(w, "weight"), stride,
-                                                      padding, output_padding, dilation, groups);
+  const Conv2dProblem problem = make_conv_transpose2d(x.dtype, shape4(x, "input"), shape4(w, "weight"), stride, padding,
+                                                      output_padding, dilation, groups);
   check_float("input", problem.dtype);
   problem.check("weight", w, problem.w_shape());
   return problem;

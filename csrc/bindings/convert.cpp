@@ -19,8 +19,7 @@ DType dtype_of_array(const py::array& array, const char* name) {
   throw TypeError(concat(name, " has dtype ", std::string(py::str(type)), ", which is not supported"));
 }
 
-template <class T>
-void copy_as(const TensorView& src, const TensorView& dst) {
+template <class T> void copy_as(const TensorView& src, const TensorView& dst) {
   const int64_t n = src.sizes[0], c = src.sizes[1], h = src.sizes[2], w = src.sizes[3];
   const T* from = src.as<T>();
   T* to = dst.as<T>();
@@ -28,17 +27,18 @@ void copy_as(const TensorView& src, const TensorView& dst) {
   const auto& b = dst.strides;
   // Small squares of (pixels x channels) keep both sides' cache lines in use.
   constexpr int64_t kSquare = 16;
-  cpu::parallel_ranges(n * h, std::max<int64_t>(16384 / std::max<int64_t>(w * c, 1), 1), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const T* s = from + row / h * a[0] + row % h * a[2];
-      T* d = to + row / h * b[0] + row % h * b[2];
-      for (int64_t w0 = 0; w0 < w; w0 += kSquare)
-        for (int64_t c0 = 0; c0 < c; c0 += kSquare)
-          for (int64_t i = w0; i < std::min(w, w0 + kSquare); ++i)
-            for (int64_t j = c0; j < std::min(c, c0 + kSquare); ++j)
-              d[i * b[3] + j * b[1]] = s[i * a[3] + j * a[1]];
-    }
-  });
+  cpu::parallel_ranges(n * h, std::max<int64_t>(16384 / std::max<int64_t>(w * c, 1), 1),
+                       [&](int64_t begin, int64_t end) {
+                         for (int64_t row = begin; row < end; ++row) {
+                           const T* s = from + row / h * a[0] + row % h * a[2];
+                           T* d = to + row / h * b[0] + row % h * b[2];
+                           for (int64_t w0 = 0; w0 < w; w0 += kSquare)
+                             for (int64_t c0 = 0; c0 < c; c0 += kSquare)
+                               for (int64_t i = w0; i < std::min(w, w0 + kSquare); ++i)
+                                 for (int64_t j = c0; j < std::min(c, c0 + kSquare); ++j)
+                                   d[i * b[3] + j * b[1]] = s[i * a[3] + j * a[1]];
+                         }
+                       });
 }
 
 }  // namespace
@@ -53,7 +53,8 @@ TensorView view(const py::array& array, const char* name) {
   for (int i = 0; i < v.ndim; ++i) {
     v.sizes[i] = array.shape(i);
     const int64_t bytes = array.strides(i);
-    FC_CHECK(v.sizes[i] <= 1 || bytes % item == 0, name, " has a stride of ", bytes, " bytes, not a multiple of ", item);
+    FC_CHECK(v.sizes[i] <= 1 || bytes % item == 0, name, " has a stride of ", bytes, " bytes, not a multiple of ",
+             item);
     v.strides[i] = bytes / item;
   }
   FC_CHECK(reinterpret_cast<uintptr_t>(v.data) % item == 0, name, " is not aligned to its item size");
@@ -89,7 +90,10 @@ py::array new_array(DType dtype, const std::vector<int64_t>& shape, Layout layou
   }
   void* data = allocate(bytes);
   py::capsule owner(data, [](void* p) { release(p); });
-  const char* type = dtype == DType::kFloat32 ? "f4" : dtype == DType::kFloat64 ? "f8" : dtype == DType::kInt64 ? "i8" : "u1";
+  const char* type = dtype == DType::kFloat32   ? "f4"
+                     : dtype == DType::kFloat64 ? "f8"
+                     : dtype == DType::kInt64   ? "i8"
+                                                : "u1";
   return py::array(py::dtype(type), sizes, strides, data, owner);
 }
 

@@ -40,8 +40,7 @@ class Buffer {
   ~Buffer() {
     if (pointer_) release(pointer_);
   }
-  template <class T>
-  T* as() const { return static_cast<T*>(pointer_); }
+  template <class T> T* as() const { return static_cast<T*>(pointer_); }
 
  private:
   void* pointer_ = nullptr;

@@ -28,20 +28,14 @@ inline const char* name(DType t) {
   return "?";
 }
 
-template <class T>
-constexpr DType dtype_of();
-template <>
-constexpr DType dtype_of<float>() { return DType::kFloat32; }
-template <>
-constexpr DType dtype_of<double>() { return DType::kFloat64; }
-template <>
-constexpr DType dtype_of<int64_t>() { return DType::kInt64; }
-template <>
-constexpr DType dtype_of<uint8_t>() { return DType::kUInt8; }
+template <class T> constexpr DType dtype_of();
+template <> constexpr DType dtype_of<float>() { return DType::kFloat32; }
+template <> constexpr DType dtype_of<double>() { return DType::kFloat64; }
+template <> constexpr DType dtype_of<int64_t>() { return DType::kInt64; }
+template <> constexpr DType dtype_of<uint8_t>() { return DType::kUInt8; }
 
 // Calls f(T{}) with the floating-point type that t names.
-template <class F>
-decltype(auto) dispatch_float(DType t, F&& f) {
+template <class F> decltype(auto) dispatch_float(DType t, F&& f) {
   FC_CHECK_TYPE(t == DType::kFloat32 || t == DType::kFloat64, "expected float32 or float64, got ", name(t));
   if (t == DType::kFloat32) return f(float{});
   return f(double{});

@@ -1,5 +1,5 @@
-// Several implementations of one operation, tried in order. Each declines a problem with a reason or accepts it; the last
-// of a list never declines. explain() shows the same walk to the user.
+// Several implementations of one operation, tried in order. Each declines a problem with a reason or accepts it; the
+// last of a list never declines. explain() shows the same walk to the user.
 #pragma once
 
 #include <string>
@@ -10,8 +10,7 @@
 
 namespace fastconv {
 
-template <class Problem, class Arguments>
-struct Implementation {
+template <class Problem, class Arguments> struct Implementation {
   const char* name;
   const char* (*supports)(const Problem&);  // nullptr: accepts; otherwise why it declines
   void (*run)(const Problem&, const Arguments&);
@@ -31,8 +30,7 @@ const auto& select(const List& list, const Problem& problem, const std::string& 
 
 using Explanation = std::vector<std::pair<std::string, std::string>>;  // name, reason ("" for the one that runs)
 
-template <class List, class Problem>
-Explanation explain(const List& list, const Problem& problem) {
+template <class List, class Problem> Explanation explain(const List& list, const Problem& problem) {
   Explanation rows;
   for (const auto& implementation : list) {
     const char* reason = implementation.supports(problem);

@@ -34,8 +34,8 @@ void check_common(const Shape& x, const Shape& w, Pair stride, Pair dilation, in
 
 int64_t effective(int64_t kernel, int64_t dilation) {
   int64_t e;
-  FC_CHECK(!__builtin_mul_overflow(kernel - 1, dilation, &e) && e < kMaxSize, "kernel size ", kernel,
-           " with dilation ", dilation, " is too large");
+  FC_CHECK(!__builtin_mul_overflow(kernel - 1, dilation, &e) && e < kMaxSize, "kernel size ", kernel, " with dilation ",
+           dilation, " is too large");
   return e + 1;
 }
 
@@ -43,14 +43,18 @@ int64_t effective(int64_t kernel, int64_t dilation) {
 
 Activation parse_activation(const std::string& name) {
   static const std::pair<const char*, Activation> known[] = {
-      {"", Activation::kNone},         {"relu", Activation::kReLU},       {"relu6", Activation::kReLU6},
-      {"silu", Activation::kSiLU},     {"sigmoid", Activation::kSigmoid}, {"tanh", Activation::kTanh},
+      {"", Activation::kNone},
+      {"relu", Activation::kReLU},
+      {"relu6", Activation::kReLU6},
+      {"silu", Activation::kSiLU},
+      {"sigmoid", Activation::kSigmoid},
+      {"tanh", Activation::kTanh},
       {"hardswish", Activation::kHardswish},
   };
   for (const auto& [key, value] : known)
     if (name == key) return value;
-  throw std::invalid_argument("activation must be None, 'relu', 'relu6', 'silu', 'sigmoid', 'tanh' or 'hardswish', got '" +
-                              name + "'");
+  throw std::invalid_argument(
+      "activation must be None, 'relu', 'relu6', 'silu', 'sigmoid', 'tanh' or 'hardswish', got '" + name + "'");
 }
 
 int64_t output_size(const char* axis, int64_t size, int64_t kernel, int64_t stride, int64_t before, int64_t after,
@@ -59,8 +63,8 @@ int64_t output_size(const char* axis, int64_t size, int64_t kernel, int64_t stri
   FC_CHECK(before < kMaxSize && after < kMaxSize, "padding is too large: (", before, ", ", after, ") for ", axis);
   const int64_t window = effective(kernel, dilation);
   const int64_t padded = size + before + after;
-  FC_CHECK(padded >= window, "kernel does not fit: ", axis, " ", size, " with padding (", before, ", ", after,
-           ") is ", padded, ", smaller than the kernel's ", window, " (size ", kernel, ", dilation ", dilation, ")");
+  FC_CHECK(padded >= window, "kernel does not fit: ", axis, " ", size, " with padding (", before, ", ", after, ") is ",
+           padded, ", smaller than the kernel's ", window, " (size ", kernel, ", dilation ", dilation, ")");
   return (padded - window) / stride + 1;
 }
 
@@ -87,8 +91,10 @@ Conv2dProblem make_conv2d(DType dtype, const Shape& x, const Shape& w, Pair stri
   problem.groups = groups;
 
   if (const auto* mode = std::get_if<std::string>(&padding)) {
-    FC_CHECK(*mode == "same" || *mode == "valid", "padding must be a number, a pair, ((top, bottom), (left, right)), "
-             "'same' or 'valid', got '", *mode, "'");
+    FC_CHECK(*mode == "same" || *mode == "valid",
+             "padding must be a number, a pair, ((top, bottom), (left, right)), "
+             "'same' or 'valid', got '",
+             *mode, "'");
     if (*mode == "same") {
       const auto total = [](int64_t size, int64_t kernel, int64_t step, int64_t dilate) {
         const int64_t out = (size + step - 1) / step;
@@ -128,12 +134,11 @@ Conv2dProblem make_conv_transpose2d(DType dtype, const Shape& x, const Shape& w,
     FC_CHECK(!__builtin_mul_overflow(x[2 + i] - 1, stride[i], &span) && span < kMaxSize, "stride ", text(stride),
              " is too large for the input's shape ", shape_string(x));
     out[2 + i] = span - 2 * padding[i] + effective(w[2 + i], dilation[i]) + output_padding[i];
-    FC_CHECK(out[2 + i] > 0, "the output would be empty: input shape ", shape_string(x), ", weight shape ", shape_string(w),
-             ", padding ", text(padding));
+    FC_CHECK(out[2 + i] > 0, "the output would be empty: input shape ", shape_string(x), ", weight shape ",
+             shape_string(w), ", padding ", text(padding));
   }
-  Conv2dProblem problem = make_conv2d(dtype, out, w, stride,
-                                      std::array<int64_t, 4>{padding[0], padding[0], padding[1], padding[1]}, dilation,
-                                      groups);
+  Conv2dProblem problem = make_conv2d(
+      dtype, out, w, stride, std::array<int64_t, 4>{padding[0], padding[0], padding[1], padding[1]}, dilation, groups);
   // output_padding may leave room for one more window; the transposed problem has exactly x's size.
   problem.p = x[2], problem.q = x[3];
   return problem;

@@ -18,8 +18,7 @@ struct TensorView {
   std::array<int64_t, kMaxDims> sizes{};
   std::array<int64_t, kMaxDims> strides{};  // in elements; may be zero or negative
 
-  template <class T>
-  T* as() const { return static_cast<T*>(data); }
+  template <class T> T* as() const { return static_cast<T*>(data); }
 
   int64_t numel() const {
     int64_t n = 1;

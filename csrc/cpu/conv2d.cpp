@@ -94,8 +94,7 @@ Explanation explain_conv2d(const Conv2dProblem& problem, const std::string& dire
 namespace {
 
 // Column sums of a [rows][k] matrix: partial sums over fixed chunks of rows, added in order.
-template <class T>
-void column_sums(const T* dy, int64_t rows, int64_t k, T* db) {
+template <class T> void column_sums(const T* dy, int64_t rows, int64_t k, T* db) {
   const int64_t chunks = std::clamp<int64_t>(rows * k >> 15, 1, std::min<int64_t>(32, std::max<int64_t>(rows, 1)));
   Buffer partial(chunks * k * sizeof(T));
   T* sums = partial.as<T>();

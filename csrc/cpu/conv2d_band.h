@@ -12,11 +12,11 @@
 namespace fastconv::cpu {
 
 struct SourceImage {
-  const float* data;        // [n][h][w][pixel]
+  const float* data;  // [n][h][w][pixel]
   int64_t h, w;
-  int64_t pixel;            // floats a pixel
-  int64_t first_channel;    // of the group
-  int64_t channels;         // of the group
+  int64_t pixel;          // floats a pixel
+  int64_t first_channel;  // of the group
+  int64_t channels;       // of the group
 };
 
 // One axis of a band: which source indices are packed where.

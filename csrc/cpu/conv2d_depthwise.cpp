@@ -1,5 +1,5 @@
-// Depthwise convolution (groups = C = K): a row of outputs at a time, vectorised over channels. The input gradient is the
-// same loop over dy, a phase of the stride at a time.
+// Depthwise convolution (groups = C = K): a row of outputs at a time, vectorised over channels. The input gradient is
+// the same loop over dy, a phase of the stride at a time.
 #include <algorithm>
 #include <cstring>
 
@@ -14,9 +14,7 @@ namespace {
 // Outputs larger than this leave the cache before anybody reads them: writing around it saves reading them first.
 constexpr int64_t kStreamFloats = int64_t{2} << 20;
 int64_t first_offset(const AxisTaps& axis) { return axis.taps.empty() ? 0 : axis.taps[0].offset; }
-int64_t tap_step(const AxisTaps& axis) {
-  return axis.taps.size() < 2 ? 1 : axis.taps[1].offset - axis.taps[0].offset;
-}
+int64_t tap_step(const AxisTaps& axis) { return axis.taps.size() < 2 ? 1 : axis.taps[1].offset - axis.taps[0].offset; }
 
 // The kernels want a tap's source column to grow with its number.
 std::vector<AxisTaps> ascending(std::vector<AxisTaps> axes) {
@@ -62,40 +60,41 @@ void run(const float* x, Image x_size, int64_t images, int64_t channels, const T
 
   const bool streaming = channels % 16 == 0 && images * y_size.h * y_size.w * channels >= kStreamFloats;
   const int64_t row_phases = rows.size(), column_phases = columns.size();
-  parallel_ranges(images * y_size.h, std::max<int64_t>(16384 / (y_size.w * channels), 1),
-                  [&](int64_t begin, int64_t end) {
-    std::vector<const float*> x_rows, w_rows;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / y_size.h, y_row = i % y_size.h, row_phase = y_row % row_phases, j = y_row / row_phases;
-      for (int64_t column_phase = 0; column_phase < column_phases; ++column_phase) {
-        const Phase& phase = phases[row_phase * column_phases + column_phase];
-        const AxisTaps& column = *phase.columns;
-        x_rows.clear();
-        w_rows.clear();
-        for (int64_t a = 0; a < phase.row_taps(); ++a) {
-          const int64_t row = j * phase.rows->step + phase.rows->taps[a].offset;
-          if (row < 0 || row >= x_size.h) continue;
-          x_rows.push_back(x + (n * x_size.h + row) * x_size.w * channels);
-          w_rows.push_back(phase.weights + a * vectors * static_cast<int64_t>(column.taps.size()) * lanes);
+  parallel_ranges(
+      images * y_size.h, std::max<int64_t>(16384 / (y_size.w * channels), 1), [&](int64_t begin, int64_t end) {
+        std::vector<const float*> x_rows, w_rows;
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t n = i / y_size.h, y_row = i % y_size.h, row_phase = y_row % row_phases, j = y_row / row_phases;
+          for (int64_t column_phase = 0; column_phase < column_phases; ++column_phase) {
+            const Phase& phase = phases[row_phase * column_phases + column_phase];
+            const AxisTaps& column = *phase.columns;
+            x_rows.clear();
+            w_rows.clear();
+            for (int64_t a = 0; a < phase.row_taps(); ++a) {
+              const int64_t row = j * phase.rows->step + phase.rows->taps[a].offset;
+              if (row < 0 || row >= x_size.h) continue;
+              x_rows.push_back(x + (n * x_size.h + row) * x_size.w * channels);
+              w_rows.push_back(phase.weights + a * vectors * static_cast<int64_t>(column.taps.size()) * lanes);
+            }
+            const int64_t at = (i * y_size.w + column.out_first) * channels;
+            DepthwiseRow t{};
+            t.x_rows = x_rows.data(), t.w_rows = w_rows.data();
+            t.kernel_rows = x_rows.size(), t.kernel_columns = column.taps.size();
+            t.x_width = x_size.w;
+            t.first = first_offset(column), t.step = column.step, t.tap_step = tap_step(column);
+            t.row_step = phase.rows->step;
+            t.x_pixel = channels, t.y_pixel = column.out_step * channels;
+            t.y = y + at;
+            t.residual = epilogue.residual ? epilogue.residual + at : nullptr;
+            t.bias = epilogue.bias;
+            t.outputs = column.outputs;
+            t.channels = channels;
+            t.low = epilogue.low, t.high = epilogue.high;
+            t.streaming = streaming;
+            kernels().conv2d.depthwise_row(t);
+          }
         }
-        const int64_t at = (i * y_size.w + column.out_first) * channels;
-        DepthwiseRow t{};
-        t.x_rows = x_rows.data(), t.w_rows = w_rows.data();
-        t.kernel_rows = x_rows.size(), t.kernel_columns = column.taps.size();
-        t.x_width = x_size.w;
-        t.first = first_offset(column), t.step = column.step, t.tap_step = tap_step(column);
-        t.x_pixel = channels, t.y_pixel = column.out_step * channels;
-        t.y = y + at;
-        t.residual = epilogue.residual ? epilogue.residual + at : nullptr;
-        t.bias = epilogue.bias;
-        t.outputs = column.outputs;
-        t.channels = channels;
-        t.low = epilogue.low, t.high = epilogue.high;
-        t.streaming = streaming;
-        kernels().conv2d.depthwise_row(t);
-      }
-    }
-  });
+      });
 }
 
 }  // namespace
@@ -117,7 +116,8 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
 void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) {
   run(static_cast<const float*>(args.dy), {a.p, a.q}, a.n, a.c, args.w,
       backward_axes(a.h, a.r, a.stride_h, a.pad_top, a.dilation_h),
-      ascending(backward_axes(a.w, a.s, a.stride_w, a.pad_left, a.dilation_w)), static_cast<float*>(args.dx), {a.h, a.w}, {});
+      ascending(backward_axes(a.w, a.s, a.stride_w, a.pad_left, a.dilation_w)), static_cast<float*>(args.dx),
+      {a.h, a.w}, {});
 }
 
 void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args) {
@@ -136,6 +136,7 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
     t.kernel_columns = a.s;
     t.x_width = a.w;
     t.first = -a.pad_left, t.step = a.stride_w, t.tap_step = a.dilation_w;
+    t.row_step = a.stride_h;
     t.pixel = a.c;
     t.outputs = a.q;
     t.channels = a.c;

@@ -15,8 +15,6 @@ namespace {
 
 // A packed band should stay in L2 beside the weight panel that runs over it.
 constexpr int64_t kBandFloats = 96 * 1024;
-// So should the part of a weight panel that all tiles of the band read in turn.
-constexpr int64_t kPanelFloats = 96 * 1024;
 // Chunks wanted at least, so that many cores find work.
 constexpr int64_t kMinChunks = 32;
 
@@ -24,8 +22,8 @@ int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How outputs are cut into bands: whole images while they are small, else rows, else parts of rows.
 struct Blocking {
-  int64_t images, rows, columns;                    // of a band
-  int64_t image_bands, row_bands, column_bands;     // how many
+  int64_t images, rows, columns;                 // of a band
+  int64_t image_bands, row_bands, column_bands;  // how many
   int64_t bands() const { return image_bands * row_bands * column_bands; }
 };
 
@@ -58,8 +56,8 @@ struct BandRange {
 BandRange band_range(const Blocking& b, int64_t i, int64_t images, int64_t rows, int64_t columns) {
   const int64_t column = i % b.column_bands, row = i / b.column_bands % b.row_bands,
                 image = i / b.column_bands / b.row_bands;
-  return {image * b.images,  std::min(images, (image + 1) * b.images),
-          row * b.rows,      std::min(rows, (row + 1) * b.rows),
+  return {image * b.images,   std::min(images, (image + 1) * b.images),
+          row * b.rows,       std::min(rows, (row + 1) * b.rows),
           column * b.columns, std::min(columns, (column + 1) * b.columns)};
 }
 
@@ -81,9 +79,9 @@ struct PackedWeights {
 PackedWeights pack_weights(const DirectProblem& d, const Panels& panels) {
   const auto& k = kernels().conv2d;
   const int64_t taps = d.rows.taps.size() * d.columns.taps.size(), ins = d.source.channels;
-  PackedWeights packed{Buffer(std::max<int64_t>(d.groups * panels.count() * taps * ins * panels.tile_k, 1) *
-                              sizeof(float)),
-                       taps * ins * panels.tile_k};
+  PackedWeights packed{
+      Buffer(std::max<int64_t>(d.groups * panels.count() * taps * ins * panels.tile_k, 1) * sizeof(float)),
+      taps * ins * panels.tile_k};
   parallel_for(d.groups * panels.count(), [&](int64_t i, int) {
     const int64_t g = i / panels.count(), panel = i % panels.count(), width = panels.width(panel);
     float* dst = packed.storage.as<float>() + i * packed.panel_floats;
@@ -106,32 +104,28 @@ PackedWeights pack_weights(const DirectProblem& d, const Panels& panels) {
   return packed;
 }
 
-// All output pixels of one band for one panel of channels, summing over channel blocks [blocks.begin, blocks.end).
+// All output pixels of one band for one panel of channels.
 void run_panel(const DirectProblem& d, const Band& band, const BandRange& range, const float* w, int64_t g,
-               int64_t panel, const Panels& panels, Range blocks, std::vector<DirectTile::Tap>& taps) {
+               int64_t panel, const Panels& panels, std::vector<DirectTile::Tap>& taps) {
   const auto& k = kernels().conv2d;
   const int64_t row_taps = d.rows.taps.size(), column_taps = d.columns.taps.size();
   const int64_t channel = g * d.outs + panel * panels.tile_k;
   const int64_t vectors = panels.width(panel) / panels.lanes;
   const int64_t width = range.x1 - range.x0;
-  const bool last = blocks.end == band.blocks();
-  const float* x = band.data() + blocks.begin * band.block_stride();
 
   DirectTile t{};
   t.taps = taps.data();
   t.panel_taps = row_taps * column_taps;
-  t.blocks = blocks.end - blocks.begin;
+  t.blocks = band.blocks();
   t.block_stride = band.block_stride();
-  t.last_channels = last ? d.source.channels - (band.blocks() - 1) * d.block : d.block;
-  t.w = w + blocks.begin * t.panel_taps * d.block * panels.width(panel);
-  t.continued = blocks.begin > 0;
-  const Epilogue epilogue = last ? d.epilogue : Epilogue{};
-  t.bias = epilogue.bias ? epilogue.bias + channel : nullptr;
-  t.low = epilogue.low, t.high = epilogue.high;
+  t.last_channels = d.source.channels - (band.blocks() - 1) * d.block;
+  t.w = w;
+  t.bias = d.epilogue.bias ? d.epilogue.bias + channel : nullptr;
+  t.low = d.epilogue.low, t.high = d.epilogue.high;
   t.row_stride = d.rows.out_step * d.y_w * d.y_pixel;
   t.pixel_stride = d.columns.out_step * d.y_pixel;
   t.channels = panels.channels(panel);
-  t.streaming = d.streaming && last;
+  t.streaming = d.streaming;
 
   for (int64_t n = range.n0; n < range.n1; ++n)
     for (int64_t y = range.y0; y < range.y1;) {
@@ -144,17 +138,19 @@ void run_panel(const DirectProblem& d, const Band& band, const BandRange& range,
           if (at[0] < 0 && at[1] < 0) continue;  // these rows lie in the padding
           DirectTile::Tap& tap = taps[t.tap_count++];
           for (int64_t i = 0; i < rows; ++i)
-            tap.x[i] = x + (at[i] >= 0 ? at[i] : band.zero_offset(s, range.x0));
+            tap.x[i] = band.data() + (at[i] >= 0 ? at[i] : band.zero_offset(s, range.x0));
           tap.index = r * column_taps + s;
         }
       const int64_t tiles = ceil_divide(width * rows, k.tile_pixels);
       for (int64_t i = 0; i < tiles; ++i) {
         const Range part = split(width, tiles, i);
         const int64_t at = ((n * d.y_h + d.rows.out_first + y * d.rows.out_step) * d.y_w + d.columns.out_first +
-                            (range.x0 + part.begin) * d.columns.out_step) * d.y_pixel + channel;
+                            (range.x0 + part.begin) * d.columns.out_step) *
+                               d.y_pixel +
+                           channel;
         t.x_offset = part.begin * d.block;
         t.y = d.y + at;
-        t.residual = epilogue.residual ? epilogue.residual + at : nullptr;
+        t.residual = d.epilogue.residual ? d.epilogue.residual + at : nullptr;
         k.direct[d.block == kBlock ? 0 : 1][vectors - 1][rows - 1][part.end - part.begin - 1](t);
       }
       y += rows;
@@ -188,13 +184,8 @@ void run(const DirectProblem& d) {
                   range.x1);
         std::vector<DirectTile::Tap> taps(d.rows.taps.size() * d.columns.taps.size());
         const Range mine = split(panels.count(), panel_parts, part);
-        // Every tile reads its whole part of a panel, which must stay in L2 from tile to tile.
-        const int64_t block_floats = taps.size() * d.block * panels.tile_k;
-        const int64_t parts = std::clamp<int64_t>(band.blocks() * block_floats / kPanelFloats, 1, std::max<int64_t>(band.blocks(), 1));
         for (int64_t panel = mine.begin; panel < mine.end; ++panel)
-          for (int64_t j = 0; j < parts; ++j)
-            run_panel(d, band, range, weights.panel(g * panels.count() + panel), g, panel, panels,
-                      split(band.blocks(), parts, j), taps);
+          run_panel(d, band, range, weights.panel(g * panels.count() + panel), g, panel, panels, taps);
       },
       threads);
 }
@@ -265,8 +256,8 @@ void run(const WeightGradientProblem& d) {
     b.image_bands = ceil_divide(d.images, b.images);
   }
 
-  // A chunk owns some panels of one group over one part of the bands; the parts are summed in order at the end. With many
-  // taps a packed band is worth one panel, with one tap it takes several to repay the packing.
+  // A chunk owns some panels of one group over one part of the bands; the parts are summed in order at the end. With
+  // many taps a packed band is worth one panel, with one tap it takes several to repay the packing.
   const int64_t slots = d.groups * panels.count();
   const int64_t slot_floats = shape.blocks() * taps * kBlock * panels.tile_k;
   int64_t panel_parts = ceil_divide(panels.count(), taps >= 4 ? 1 : 4);

@@ -1,5 +1,5 @@
-// Few input channels (C <= 4), as in the first layer of a network. Bound by the writes of y and the reads of dy. Forward
-// is the direct engine with four floats a packed pixel and non-temporal stores; the weight gradient treats the
+// Few input channels (C <= 4), as in the first layer of a network. Bound by the writes of y and the reads of dy.
+// Forward is the direct engine with four floats a packed pixel and non-temporal stores; the weight gradient treats the
 // (column, channel) pairs of a kernel row as one index, because they are contiguous in a row of the image.
 #include <algorithm>
 #include <cstring>

@@ -1,5 +1,5 @@
-// 1x1 kernels at stride 1: a plain GEMM over pixels. The whole batch is one row of pixels for the direct engine, so tiles
-// are full whatever the size of an image.
+// 1x1 kernels at stride 1: a plain GEMM over pixels. The whole batch is one row of pixels for the direct engine, so
+// tiles are full whatever the size of an image.
 #include "cpu/conv2d_direct.h"
 
 namespace fastconv::cpu::pointwise {
@@ -28,9 +28,17 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
 
 void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) {
   const int64_t pixels = a.n * a.h * a.w;
-  direct::run(direct::DirectProblem{1, one_row(args.dy, pixels, a.k, a.groups), forward_axis(1, 1, 1, 0, 1),
-                                    forward_axis(pixels, 1, 1, 0, 1), a.groups, a.cg(),
-                                    direct::backward_weights(a, args.w), static_cast<float*>(args.dx), 1, pixels, a.c,
+  direct::run(direct::DirectProblem{1,
+                                    one_row(args.dy, pixels, a.k, a.groups),
+                                    forward_axis(1, 1, 1, 0, 1),
+                                    forward_axis(pixels, 1, 1, 0, 1),
+                                    a.groups,
+                                    a.cg(),
+                                    direct::backward_weights(a, args.w),
+                                    static_cast<float*>(args.dx),
+                                    1,
+                                    pixels,
+                                    a.c,
                                     {}});
 }
 

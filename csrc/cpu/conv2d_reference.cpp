@@ -8,8 +8,7 @@
 namespace fastconv::cpu::reference {
 namespace {
 
-template <class T>
-struct Weights {
+template <class T> struct Weights {
   explicit Weights(const TensorView& v) : data(v.as<T>()), strides(v.strides) {}
   T& operator()(int64_t k, int64_t c, int64_t r, int64_t s) const {
     return data[k * strides[0] + c * strides[1] + r * strides[2] + s * strides[3]];
@@ -19,8 +18,7 @@ struct Weights {
 };
 
 // Calls f(r, s, ih, iw) for the taps of output pixel (p, q) that lie inside the image.
-template <class F>
-void for_taps(const Conv2dProblem& a, int64_t p, int64_t q, F&& f) {
+template <class F> void for_taps(const Conv2dProblem& a, int64_t p, int64_t q, F&& f) {
   for (int64_t r = 0; r < a.r; ++r) {
     const int64_t ih = p * a.stride_h - a.pad_top + r * a.dilation_h;
     if (ih < 0 || ih >= a.h) continue;
@@ -31,8 +29,7 @@ void for_taps(const Conv2dProblem& a, int64_t p, int64_t q, F&& f) {
   }
 }
 
-template <class T>
-void forward_as(const Conv2dProblem& a, const ForwardArguments& args) {
+template <class T> void forward_as(const Conv2dProblem& a, const ForwardArguments& args) {
   const auto* x = static_cast<const T*>(args.x);
   const auto* bias = static_cast<const T*>(args.bias);
   const auto* residual = static_cast<const T*>(args.residual);
@@ -59,8 +56,7 @@ void forward_as(const Conv2dProblem& a, const ForwardArguments& args) {
   });
 }
 
-template <class T>
-void backward_input_as(const Conv2dProblem& a, const BackwardInputArguments& args) {
+template <class T> void backward_input_as(const Conv2dProblem& a, const BackwardInputArguments& args) {
   const auto* dy = static_cast<const T*>(args.dy);
   auto* dx = static_cast<T*>(args.dx);
   const Weights<T> w(args.w);
@@ -89,8 +85,7 @@ void backward_input_as(const Conv2dProblem& a, const BackwardInputArguments& arg
   });
 }
 
-template <class T>
-void backward_weight_as(const Conv2dProblem& a, const BackwardWeightArguments& args) {
+template <class T> void backward_weight_as(const Conv2dProblem& a, const BackwardWeightArguments& args) {
   const auto* x = static_cast<const T*>(args.x);
   const auto* dy = static_cast<const T*>(args.dy);
   const Weights<T> dw(args.dw);

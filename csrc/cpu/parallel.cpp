@@ -7,7 +7,7 @@
 namespace fastconv::cpu {
 namespace {
 
-std::atomic<int> requested{0};       // 0: not set by the user, follow OpenMP (OMP_NUM_THREADS, affinity)
+std::atomic<int> requested{0};  // 0: not set by the user, follow OpenMP (OMP_NUM_THREADS, affinity)
 std::atomic<bool> forked_child{false};
 
 // libgomp's pool of threads does not survive fork(): a parallel region in the child waits for threads that are gone.

@@ -1,8 +1,8 @@
 // The only place with an OpenMP pragma.
 //
-// Work is cut into a number of chunks that depends on the shape alone; which thread runs a chunk does not matter, because
-// a chunk either owns its outputs or writes a partial result that is combined afterwards in the order of the chunks.
-// So results have the same bits for every number of threads, whatever size of team OpenMP really gives.
+// Work is cut into a number of chunks that depends on the shape alone; which thread runs a chunk does not matter,
+// because a chunk either owns its outputs or writes a partial result that is combined afterwards in the order of the
+// chunks. So results have the same bits for every number of threads, whatever size of team OpenMP really gives.
 #pragma once
 
 #include <omp.h>
@@ -14,15 +14,14 @@
 
 namespace fastconv::cpu {
 
-int num_threads();              // threads that a parallel_for may use now; 1 in a forked child
-void set_num_threads(int n);    // throws unless 1 <= n <= 1024
+int num_threads();            // threads that a parallel_for may use now; 1 in a forked child
+void set_num_threads(int n);  // throws unless 1 <= n <= 1024
 
 // Runs body(chunk, thread) for chunk = 0 .. chunks-1, thread < threads. The first exception stops the rest and is
 // rethrown to the caller. A caller with one scratch area a thread asks num_threads() once and passes it on, because
 // another Python thread may change it in between. Taking the next chunk is a locked instruction, which also makes the
 // chunk's non-temporal stores visible.
-template <class Body>
-void parallel_for(int64_t chunks, Body&& body, int threads = num_threads()) {
+template <class Body> void parallel_for(int64_t chunks, Body&& body, int threads = num_threads()) {
   const int team = static_cast<int>(std::min<int64_t>(threads, chunks));
   if (team <= 1 || omp_in_parallel()) {
     for (int64_t i = 0; i < chunks; ++i) body(i, 0);
@@ -56,8 +55,7 @@ inline Range split(int64_t total, int64_t parts, int64_t i) {
 }
 
 // parallel_for over [0, total) in ranges of about `grain` items: body(begin, end). For items that own their outputs.
-template <class Body>
-void parallel_ranges(int64_t total, int64_t grain, Body&& body) {
+template <class Body> void parallel_ranges(int64_t total, int64_t grain, Body&& body) {
   if (total <= 0) return;
   const int64_t chunks = std::clamp<int64_t>(total / std::max<int64_t>(grain, 1), 1, 256);
   parallel_for(chunks, [&](int64_t i, int) {

@@ -8,8 +8,8 @@
 
 namespace fastconv::cpu {
 
-const KernelTable& kernels();              // of the chosen ISA
+const KernelTable& kernels();               // of the chosen ISA
 std::vector<std::string> available_isas();  // best first
-void set_isa(const std::string& name);     // ValueError unless available
+void set_isa(const std::string& name);      // ValueError unless available
 
 }  // namespace fastconv::cpu

@@ -26,20 +26,19 @@ struct DirectTile {
   };
   const Tap* taps;
   int64_t tap_count;
-  int64_t x_offset;         // of the tile within its rows, added to every x
-  int64_t panel_taps;       // taps in the weight panel, of which tap_count meet the image
-  int64_t blocks;           // channel blocks
-  int64_t block_stride;     // between channel blocks of x
-  int64_t last_channels;    // channels in the last block
-  const float* w;           // panel [block][tap][channel][vectors * lanes]
-  float* y;                 // first pixel, first channel of the tile
-  const float* residual;    // the same place of the residual, or null
-  const float* bias;        // first channel, or null
+  int64_t x_offset;                  // of the tile within its rows, added to every x
+  int64_t panel_taps;                // taps in the weight panel, of which tap_count meet the image
+  int64_t blocks;                    // channel blocks
+  int64_t block_stride;              // between channel blocks of x
+  int64_t last_channels;             // channels in the last block
+  const float* w;                    // panel [block][tap][channel][vectors * lanes]
+  float* y;                          // first pixel, first channel of the tile
+  const float* residual;             // the same place of the residual, or null
+  const float* bias;                 // first channel, or null
   int64_t row_stride, pixel_stride;  // of y and residual
-  int64_t channels;         // channels to store, <= tile_k
+  int64_t channels;                  // channels to store, <= tile_k
   float low, high;
-  bool continued;           // the sum goes on from what y holds
-  bool streaming;           // non-temporal stores; y and pixel_stride aligned to a vector
+  bool streaming;  // non-temporal stores; y and pixel_stride aligned to a vector
 };
 using DirectTileFunction = void (*)(const DirectTile&);
 
@@ -54,15 +53,16 @@ struct WeightTile {
   float* acc;                  // [kBlock][width]
 };
 
-// Weight gradient of a first layer for one kernel row: acc[j][0..width) += sum over pixels x[pixel * x_step + j] dy[pixel].
+// Weight gradient of a first layer for one kernel row: acc[j][0..width) += sum over pixels x[pixel * x_step + j]
+// dy[pixel].
 struct FirstLayerWeightTile {
   const float* x;
   int64_t x_step, x_row_step;  // between neighbouring outputs of a row; between output rows
   int64_t rows, columns;
-  const float* dy;        // [rows * columns][width], packed
-  int64_t width;          // lanes or 2 * lanes
-  int64_t taps;           // j < taps: (kernel columns) x (channels)
-  float* acc;             // [taps][width]
+  const float* dy;  // [rows * columns][width], packed
+  int64_t width;    // lanes or 2 * lanes
+  int64_t taps;     // j < taps: (kernel columns) x (channels)
+  float* acc;       // [taps][width]
 };
 
 // One row of a depthwise convolution:
@@ -73,6 +73,7 @@ struct DepthwiseRow {
   int64_t kernel_rows, kernel_columns;
   int64_t x_width;                // pixels of a source row
   int64_t first, step, tap_step;  // source column of output 0 and tap 0; per output; per tap (both positive)
+  int64_t row_step;               // source rows from one row of outputs to the next
   int64_t x_pixel, y_pixel;       // floats between neighbouring source columns, and between consecutive outputs
   float* y;
   const float* residual;  // like y, or null
@@ -91,6 +92,7 @@ struct DepthwiseWeightRow {
   int64_t kernel_rows, kernel_columns;
   int64_t x_width;
   int64_t first, step, tap_step;
+  int64_t row_step;
   int64_t pixel;  // floats between neighbouring pixels of x and of dy
   int64_t outputs;
   int64_t channels;
@@ -102,8 +104,8 @@ struct Conv2dKernels {
   int64_t tile_k;       // channels of a direct tile
   // [channel block: kBlock, kSmallBlock][vectors - 1][rows - 1][pixels - 1]; null beyond tile_pixels
   DirectTileFunction direct[2][2][2][16];
-  // dst[block * block_stride + p * kBlock + i] = src[p * src_step + block * kBlock + i], zero beyond channels. A pixel of
-  // at most kSmallBlock channels packed for a first layer is the same with kSmallBlock floats and no zeros.
+  // dst[block * block_stride + p * kBlock + i] = src[p * src_step + block * kBlock + i], zero beyond channels. A pixel
+  // of at most kSmallBlock channels packed for a first layer is the same with kSmallBlock floats and no zeros.
   void (*pack_pixels)(const float* src, int64_t src_step, int64_t pixels, int64_t channels, float* dst,
                       int64_t block_stride);
   void (*pack_small_pixels)(const float* src, int64_t src_step, int64_t pixels, int64_t channels, float* dst);

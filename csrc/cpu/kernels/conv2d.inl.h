@@ -14,26 +14,13 @@ constexpr int kTileVectors = 2;
 // Registers: ROWS*P*V accumulators + V weights + 1 broadcast.
 // Bound: FMA; ROWS*P*V FMAs against ROWS*P + V loads a step.
 // Tails: the panel is zero-padded in k; the last block runs its own number of channels; only the store looks at k.
-template <int BLOCK, int V, int ROWS, int P>
-void direct_tile(const DirectTile& t) {
+template <int BLOCK, int V, int ROWS, int P> void direct_tile(const DirectTile& t) {
   constexpr int W = V * kLanes;
   Vec acc[ROWS * P][V];
 #pragma GCC unroll 32
   for (int p = 0; p < ROWS * P; ++p)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) acc[p][v] = zero();
-  if (t.continued) {
-#pragma GCC unroll 2
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 16
-      for (int p = 0; p < P; ++p)
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) {
-          const float* from = t.y + r * t.row_stride + p * t.pixel_stride + v * kLanes;
-          const int64_t n = t.channels - v * kLanes;
-          acc[r * P + p][v] = n >= kLanes ? load(from) : load_first(from, n > 0 ? n : 0);
-        }
-  }
 
   for (int64_t b = 0; b < t.blocks; ++b) {
     const int64_t channels = b + 1 < t.blocks ? BLOCK : t.last_channels;
@@ -143,7 +130,10 @@ inline void transpose_square(const float* src, int64_t src_step, float* dst, int
   }
   Vec rows[kLanes], zipped[kLanes];
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) rows[i] = load(src + i * src_step);
+  for (int i = 0; i < kLanes; ++i) {
+    rows[i] = load(src + i * src_step);
+    prefetch(src + i * src_step + 4 * kLanes);  // so many rows at once are more streams than the hardware follows
+  }
 #pragma GCC unroll 4
   for (int stage = 1; stage < kLanes; stage *= 2) {
 #pragma GCC unroll 8
@@ -168,13 +158,12 @@ void pack_weights(const float* src, int64_t out_step, int64_t in_step, int64_t o
     for (int64_t i = 0; i < square_ins; i += kLanes)
       transpose_square(src + o * out_step + i, out_step, dst + i * width + o, width);
   if (out_step == 1) {
-    for (int64_t i = 0; i < ins; ++i)
-      for (int64_t o = 0; o < outs; ++o) dst[i * width + o] = src[i * in_step + o];
-  } else {
-    for (int64_t o = 0; o < outs; ++o)
-      for (int64_t i = o < square_outs ? square_ins : 0; i < ins; ++i)
-        dst[i * width + o] = src[o * out_step + i * in_step];
+    for (int64_t i = 0; i < ins; ++i) pack_slice(src + i * in_step, 0, 1, outs, width, dst + i * width);
+    return;
   }
+  for (int64_t o = 0; o < outs; ++o)
+    for (int64_t i = o < square_outs ? square_ins : 0; i < ins; ++i)
+      dst[i * width + o] = src[o * out_step + i * in_step];
   for (int64_t i = 0; i < ins; ++i)
     for (int64_t o = outs; o < width; ++o) dst[i * width + o] = 0.0f;
 }
@@ -193,8 +182,7 @@ void unpack_weights(const float* src, int64_t width, int64_t outs, int64_t ins, 
 
 // weight_tile: C channels x V vectors of one tap's weight gradient, summed over a band of pixels.
 // Registers: C*V accumulators + V of dy + 1 broadcast. Bound: FMA; C*V FMAs against C + V loads a pixel.
-template <int C, int V>
-void weight_tile_part(const WeightTile& t, int64_t c0) {
+template <int C, int V> void weight_tile_part(const WeightTile& t, int64_t c0) {
   constexpr int W = V * kLanes;
   Vec acc[C][V];
   float* out = t.acc + c0 * W;
@@ -234,8 +222,7 @@ void weight_tile(const WeightTile& t) {
 
 // first_layer_weight: J (column, channel) pairs x V vectors of one kernel row, summed over a band of pixels.
 // Registers and bound as weight_tile.
-template <int J, int V>
-void first_layer_weight_part(const FirstLayerWeightTile& t, int64_t j0) {
+template <int J, int V> void first_layer_weight_part(const FirstLayerWeightTile& t, int64_t j0) {
   constexpr int W = V * kLanes;
   Vec acc[J][V];
   float* out = t.acc + j0 * W;
@@ -286,8 +273,7 @@ void first_layer_weight_tile(const FirstLayerWeightTile& t) {
   }
 }
 
-template <int BLOCK, int V, int ROWS, int P>
-constexpr DirectTileFunction direct_or_null() {
+template <int BLOCK, int V, int ROWS, int P> constexpr DirectTileFunction direct_or_null() {
   if constexpr (ROWS * P <= kTilePixels)
     return &direct_tile<BLOCK, V, ROWS, P>;
   else
@@ -296,15 +282,17 @@ constexpr DirectTileFunction direct_or_null() {
 
 #define FC_DIRECT_ROW(B, V, R) \
   { \
-    direct_or_null<B, V, R, 1>(), direct_or_null<B, V, R, 2>(), direct_or_null<B, V, R, 3>(), \
-        direct_or_null<B, V, R, 4>(), direct_or_null<B, V, R, 5>(), direct_or_null<B, V, R, 6>(), \
-        direct_or_null<B, V, R, 7>(), direct_or_null<B, V, R, 8>(), direct_or_null<B, V, R, 9>(), \
-        direct_or_null<B, V, R, 10>(), direct_or_null<B, V, R, 11>(), direct_or_null<B, V, R, 12>(), \
-        direct_or_null<B, V, R, 13>(), direct_or_null<B, V, R, 14>(), direct_or_null<B, V, R, 15>(), \
-        direct_or_null<B, V, R, 16>(), \
+      direct_or_null<B, V, R, 1>(),  direct_or_null<B, V, R, 2>(),  direct_or_null<B, V, R, 3>(), \
+      direct_or_null<B, V, R, 4>(),  direct_or_null<B, V, R, 5>(),  direct_or_null<B, V, R, 6>(), \
+      direct_or_null<B, V, R, 7>(),  direct_or_null<B, V, R, 8>(),  direct_or_null<B, V, R, 9>(), \
+      direct_or_null<B, V, R, 10>(), direct_or_null<B, V, R, 11>(), direct_or_null<B, V, R, 12>(), \
+      direct_or_null<B, V, R, 13>(), direct_or_null<B, V, R, 14>(), direct_or_null<B, V, R, 15>(), \
+      direct_or_null<B, V, R, 16>(), \
   }
 #define FC_DIRECT_BLOCK(B) \
-  {{FC_DIRECT_ROW(B, 1, 1), FC_DIRECT_ROW(B, 1, 2)}, {FC_DIRECT_ROW(B, 2, 1), FC_DIRECT_ROW(B, 2, 2)}}
+  { \
+    {FC_DIRECT_ROW(B, 1, 1), FC_DIRECT_ROW(B, 1, 2)}, { FC_DIRECT_ROW(B, 2, 1), FC_DIRECT_ROW(B, 2, 2) } \
+  }
 
 }  // namespace
 }  // namespace fastconv::cpu

@@ -10,14 +10,12 @@ namespace {
 constexpr int kDepthwisePixels = 4;
 constexpr int kMaxDepthwiseColumns = 5;  // kernel columns with a specialised loop
 
-template <bool TAIL>
-inline Vec load_channels(const float* p, int64_t n) {
+template <bool TAIL> inline Vec load_channels(const float* p, int64_t n) {
   if constexpr (TAIL) return load_first(p, n);
   return load(p);
 }
 
-template <bool TAIL>
-inline void store_channels(float* p, Vec a, int64_t n) {
+template <bool TAIL> inline void store_channels(float* p, Vec a, int64_t n) {
   if constexpr (TAIL)
     store_first(p, a, n);
   else
@@ -48,10 +46,9 @@ inline void taps_inside(int64_t first, int64_t step, int64_t tap_step, int64_t t
 
 // How the source pixels of P neighbouring outputs and S taps are laid out: STEP > 0 means neighbouring taps are
 // neighbouring pixels and neighbouring outputs STEP apart, so that (P - 1) * STEP + S pixels are loaded once each; STEP
-// = 0 any steps, P * S loads. Pixels of many channels are often a multiple of 2 KiB apart and then share two sets of L1:
-// kept in registers, each line is touched once, however many taps use it.
-template <int S, int STEP, int P, bool TAIL>
-struct DepthwiseWindow {
+// = 0 any steps, P * S loads. Pixels of many channels are often a multiple of 2 KiB apart and then share two sets of
+// L1: kept in registers, each line is touched once, however many taps use it.
+template <int S, int STEP, int P, bool TAIL> struct DepthwiseWindow {
   static constexpr int kCount = STEP > 0 ? (P - 1) * STEP + S : P * S;
   Vec x[kCount];
 
@@ -67,6 +64,17 @@ struct DepthwiseWindow {
   }
 };
 
+// The image rows that the next row of outputs reads first: its loads jump from pixel to pixel, which the hardware does
+// not foresee.
+template <int STEP, int P>
+inline __attribute__((always_inline)) void prefetch_rows(const float* at, int64_t next_row, int64_t row_step,
+                                                         int64_t pixel) {
+  if (STEP == 0) return;
+  for (int64_t r = 1; r <= row_step; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < P * STEP; ++i) prefetch_l2(at + r * next_row + i * pixel);
+}
+
 // Outputs [begin, end) in groups of P (end - begin a multiple of P), S taps a row from column b0, all inside.
 // Bound: memory for 3x3, FMA beyond; a kernel row costs P*S FMAs against S weights and (P-1)*STEP+S pixels loaded.
 template <int S, int STEP, int P, bool TAIL>
@@ -77,6 +85,7 @@ void depthwise_outputs(const DepthwiseRow& t, int64_t begin, int64_t end, int64_
   const float* const* const w_rows = t.w_rows;
   const float* const bias = t.bias;
   const bool plain = !t.bias && !t.residual, streaming = t.streaming;
+  const int64_t row_step = t.row_step;
   const Vec low = set1(t.low), high = set1(t.high);
   for (int64_t j = begin; j < end; j += P) {
     const int64_t at = (t.first + b0 * t.tap_step + j * t.step) * t.x_pixel;
@@ -99,8 +108,7 @@ void depthwise_outputs(const DepthwiseRow& t, int64_t begin, int64_t end, int64_
           for (int p = 0; p < P; ++p) sum[p] = fma(weight, window(p, b), sum[p]);
         }
       }
-#pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) prefetch_l2(x_rows[rows - 1] + at + c + next_row + p * output);
+      prefetch_rows<STEP, P>(x_rows[rows - 1] + at + c, next_row, row_step, tap);
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
         const int64_t to = p * y_pixel + c;
@@ -144,6 +152,7 @@ void depthwise_weight_outputs(const DepthwiseWeightRow& t, int64_t begin, int64_
   const int64_t dw_step = t.kernel_columns * kLanes, next_row = t.x_width * t.pixel;
   const float* const* const x_rows = t.x_rows;
   float* const* const dw_rows = t.dw_rows;
+  const int64_t row_step = t.row_step;
   for (int64_t j = begin; j < end; j += P) {
     const int64_t at = (t.first + b0 * t.tap_step + j * t.step) * pixel;
     const float* const dy_at = t.dy + j * pixel;
@@ -165,8 +174,7 @@ void depthwise_weight_outputs(const DepthwiseWeightRow& t, int64_t begin, int64_
           store(dw + b * kLanes, sum);
         }
       }
-#pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) prefetch_l2(x_rows[rows - 1] + at + c + next_row + p * output);
+      prefetch_rows<STEP, P>(x_rows[rows - 1] + at + c, next_row, row_step, tap);
     }
   }
 }
@@ -181,16 +189,14 @@ void depthwise_weight_output(const DepthwiseWeightRow& t, int64_t j, int64_t b0,
       float* dw = t.dw_rows[a] + (c / kLanes * t.kernel_columns + b0) * kLanes;
       const float* x = t.x_rows[a] + (t.first + b0 * t.tap_step + j * t.step) * t.pixel + c;
       for (int64_t b = 0; b < count; ++b)
-        store(dw + b * kLanes,
-              fma(dy, load_channels<TAIL>(x + b * t.tap_step * t.pixel, n), load(dw + b * kLanes)));
+        store(dw + b * kLanes, fma(dy, load_channels<TAIL>(x + b * t.tap_step * t.pixel, n), load(dw + b * kLanes)));
     }
   }
 }
 
-// The loops of one direction: [tap columns - 1][STEP: any, 1, 2] for four outputs, [tap columns - 1] for one, and one for
-// any number of taps.
-template <class Row>
-struct DepthwiseLoops {
+// The loops of one direction: [tap columns - 1][STEP: any, 1, 2] for four outputs, [tap columns - 1] for one, and one
+// for any number of taps.
+template <class Row> struct DepthwiseLoops {
   using Outputs = void (*)(const Row&, int64_t begin, int64_t end, int64_t b0, int64_t c0, int64_t channels);
   Outputs four[kMaxDepthwiseColumns][3];
   Outputs one[kMaxDepthwiseColumns];

@@ -13,13 +13,11 @@
 namespace fastconv::cpu {
 
 // A family of kernels for both floating-point types.
-template <template <class> class Kernels>
-struct Typed {
+template <template <class> class Kernels> struct Typed {
   Kernels<float> f32;
   Kernels<double> f64;
 
-  template <class T>
-  const Kernels<T>& of() const {
+  template <class T> const Kernels<T>& of() const {
     if constexpr (sizeof(T) == sizeof(float))
       return f32;
     else
