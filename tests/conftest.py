@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -15,6 +16,10 @@ Result = TypeVar("Result")
 
 # Every implementation of convolution, in each direction where it has one.
 ALGORITHMS = ["direct", "pointwise", "depthwise", "first_layer", "reference"]
+
+# A shell's background job ignores Ctrl-C, and so would the processes that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # the oracle: tiny shapes
 THREADS = fastconv.get_num_threads()

@@ -486,15 +486,19 @@ def test_keyboard_interrupt():
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=30)
+        try:
+            out, _ = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert (out, process.returncode) == ("interrupted\n", 0)
 
 
 def test_import_takes_less_than_a_fifth_of_a_second():
-    """Processor time, so that a busy machine does not count, and the best of five."""
+    """The best of five, in processor time of the importing thread: neither a busy machine nor the
+    BLAS threads that numpy starts and lets spin count."""
     script = (
-        "import time; begun = time.process_time(); import numpy; numpy_done = time.process_time(); "
-        "import fastconv; end = time.process_time(); print(end - begun, end - numpy_done)"
+        "import time; begun = time.thread_time(); import numpy; numpy_done = time.thread_time(); "
+        "import fastconv; end = time.thread_time(); print(end - begun, end - numpy_done)"
     )
     times = []
     for _ in range(5):
