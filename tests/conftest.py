@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 # Every implementation of convolution, in each direction where it has one.
 ALGORITHMS = ["direct", "pointwise", "depthwise", "first_layer", "reference"]
 
-# A shell's background job ignores Ctrl-C, and so would the processes that tests start and interrupt.
+# A job in the background of a shell ignores Ctrl-C, and so would the processes that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
