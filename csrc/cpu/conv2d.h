@@ -85,6 +85,14 @@ void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
 // Bias, residual and the bounds of an activation that is a clamp; the others are applied afterwards by conv2d_forward.
 Epilogue make_epilogue(const ForwardArguments&);
 
+inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Outputs of so many floats leave the cache before anybody reads them: writing around it saves reading them first.
+// Every store must then be a full, aligned vector.
+inline bool worth_streaming(int64_t pixels, int64_t channels) {
+  return channels % 16 == 0 && pixels * channels >= int64_t{2} << 20;
+}
+
 // Which source pixels an axis of outputs needs. Output j, at destination out_first + j * out_step, is the sum over taps
 // of source pixel j * step + taps[i].offset times kernel element taps[i].index. The offsets are in arithmetic
 // progression. Forward is one such axis; an input gradient with stride s is s of them, one a phase.

@@ -9,7 +9,8 @@ namespace fastconv::cpu {
 namespace {
 
 int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-int64_t ceil_divide(int64_t a, int64_t b) { return -floor_divide(-a, b); }
+// Of any sign, unlike ceil_divide.
+int64_t ceiling(int64_t a, int64_t b) { return -floor_divide(-a, b); }
 
 }  // namespace
 
@@ -72,7 +73,7 @@ void Band::pack_row(const float* src, float* dst) const {
   for (int64_t f = 0; f < columns_.phases(); ++f, dst += count * block_) {
     // Packed column j holds source column (low + j) * step + phase; those in [0, w) are j in [begin, end).
     const int64_t phase = columns_.phase(f), low = columns_.low();
-    const int64_t begin = std::clamp<int64_t>(ceil_divide(-phase, step) - low, 0, count);
+    const int64_t begin = std::clamp<int64_t>(ceiling(-phase, step) - low, 0, count);
     const int64_t end = std::clamp<int64_t>(floor_divide(source_.w - 1 - phase, step) + 1 - low, begin, count);
     for (int64_t b = 0; b < blocks_; ++b) {
       float* row = dst + b * block_stride_;

@@ -11,8 +11,6 @@
 namespace fastconv::cpu::depthwise {
 namespace {
 
-// Outputs larger than this leave the cache before anybody reads them: writing around it saves reading them first.
-constexpr int64_t kStreamFloats = int64_t{2} << 20;
 int64_t first_offset(const AxisTaps& axis) { return axis.taps.empty() ? 0 : axis.taps[0].offset; }
 int64_t tap_step(const AxisTaps& axis) { return axis.taps.size() < 2 ? 1 : axis.taps[1].offset - axis.taps[0].offset; }
 
@@ -40,7 +38,7 @@ struct Image {
 void run(const float* x, Image x_size, int64_t images, int64_t channels, const TensorView& w,
          const std::vector<AxisTaps>& rows, const std::vector<AxisTaps>& columns, float* y, Image y_size,
          const Epilogue& epilogue) {
-  const int64_t lanes = kernels().conv2d.lanes, vectors = (channels + lanes - 1) / lanes;
+  const int64_t lanes = kernels().conv2d.lanes, vectors = ceil_divide(channels, lanes);
   size_t taps = 0;
   for (const AxisTaps& row : rows)
     for (const AxisTaps& column : columns) taps += row.taps.size() * column.taps.size();
@@ -58,7 +56,7 @@ void run(const float* x, Image x_size, int64_t images, int64_t channels, const T
           }
     }
 
-  const bool streaming = channels % 16 == 0 && images * y_size.h * y_size.w * channels >= kStreamFloats;
+  const bool streaming = worth_streaming(images * y_size.h * y_size.w, channels);
   const int64_t row_phases = rows.size(), column_phases = columns.size();
   parallel_ranges(
       images * y_size.h, std::max<int64_t>(16384 / (y_size.w * channels), 1), [&](int64_t begin, int64_t end) {
@@ -123,7 +121,7 @@ void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) 
 void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args) {
   const auto* x = static_cast<const float*>(args.x);
   const auto* dy = static_cast<const float*>(args.dy);
-  const int64_t lanes = kernels().conv2d.lanes, vectors = (a.c + lanes - 1) / lanes;
+  const int64_t lanes = kernels().conv2d.lanes, vectors = ceil_divide(a.c, lanes);
   const int64_t floats = a.r * a.s * vectors * lanes, rows = a.n * a.p;
   const int64_t parts = std::clamp<int64_t>(std::min(rows / 4, rows * a.q / (4 * a.r * a.s)), 1, 32);
   Buffer sums(parts * floats * sizeof(float));

@@ -18,8 +18,6 @@ constexpr int64_t kBandFloats = 96 * 1024;
 // Chunks wanted at least, so that many cores find work.
 constexpr int64_t kMinChunks = 32;
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // How outputs are cut into bands: whole images while they are small, else rows, else parts of rows.
 struct Blocking {
   int64_t images, rows, columns;                 // of a band
@@ -60,14 +58,6 @@ BandRange band_range(const Blocking& b, int64_t i, int64_t images, int64_t rows,
           row * b.rows,       std::min(rows, (row + 1) * b.rows),
           column * b.columns, std::min(columns, (column + 1) * b.columns)};
 }
-
-// Output channels in panels of tile_k; the last one is half as wide where that is enough.
-struct Panels {
-  int64_t outs, tile_k, lanes;
-  int64_t count() const { return ceil_divide(outs, tile_k); }
-  int64_t channels(int64_t i) const { return std::min(tile_k, outs - i * tile_k); }
-  int64_t width(int64_t i) const { return channels(i) <= lanes ? lanes : tile_k; }
-};
 
 struct PackedWeights {
   Buffer storage;

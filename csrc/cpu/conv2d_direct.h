@@ -12,6 +12,14 @@ struct WeightView {
   int64_t group, out, in, row, column;
 };
 
+// Output channels in panels of tile_k; the last one is half as wide where that is enough.
+struct Panels {
+  int64_t outs, tile_k, lanes;
+  int64_t count() const { return ceil_divide(outs, tile_k); }
+  int64_t channels(int64_t i) const { return std::min(tile_k, outs - i * tile_k); }
+  int64_t width(int64_t i) const { return channels(i) <= lanes ? lanes : tile_k; }
+};
+
 // y[n, rows, columns, outs] = clamp(sum over taps and channels of x * w + bias + residual). Outputs go to
 // y[n][h][w][pixel] at the places that the axes name. For every group g the source's first channel is
 // g * source.channels, and outputs begin at channel g * outs.

@@ -12,9 +12,6 @@
 namespace fastconv::cpu::first_layer {
 namespace {
 
-// Outputs larger than this leave the cache before anybody reads them: writing around it saves reading them first.
-constexpr int64_t kStreamFloats = int64_t{2} << 20;
-
 // dy of a band of the weight gradient, for one panel of channels: 24 KiB.
 constexpr int64_t kSliceFloats = 6 * 1024;
 
@@ -46,7 +43,7 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
                           a.k,
                           make_epilogue(args)};
   d.block = kSmallBlock;
-  d.streaming = a.k % 16 == 0 && a.n * a.p * a.q * a.k >= kStreamFloats;
+  d.streaming = worth_streaming(a.n * a.p * a.q, a.k);
   direct::run(d);
 }
 
@@ -54,13 +51,13 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
   const auto& k = kernels().conv2d;
   const auto* x = static_cast<const float*>(args.x);
   const auto* dy = static_cast<const float*>(args.dy);
-  const int64_t panels = (a.k + k.tile_k - 1) / k.tile_k, taps = a.s * a.c;
-  const int64_t panel_floats = a.r * taps * k.tile_k;
+  const direct::Panels panels{a.k, k.tile_k, k.lanes};
+  const int64_t taps = a.s * a.c, panel_floats = a.r * taps * k.tile_k;
   // A padded image row: pixel -pad_left first, as many as the last output reads.
   const int64_t row_pixels = (a.q - 1) * a.stride_w + a.s, row_floats = row_pixels * a.c;
   // Output rows of a band, whose slice of dy should stay in L1; with one accumulator load for all of them.
   const int64_t band = std::clamp<int64_t>(kSliceFloats / (a.q * k.tile_k), 1, a.p);
-  const int64_t bands = (a.p + band - 1) / band, units = a.n * bands;
+  const int64_t bands = ceil_divide(a.p, band), units = a.n * bands;
   const int64_t parts = std::clamp<int64_t>(units / 2, 1, 32);
   const int64_t packed_rows = (band - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1;
   const int64_t scratch_floats = packed_rows * row_floats + band * a.q * k.tile_k;
@@ -77,14 +74,15 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
     std::memset(to + end * a.c, 0, (row_pixels - end) * a.c * sizeof(float));
   };
 
-  Buffer sums(parts * panels * panel_floats * sizeof(float));
+  const int64_t part_floats = panels.count() * panel_floats;
+  Buffer sums(parts * part_floats * sizeof(float));
   const int threads = num_threads();
   Buffer scratch(threads * scratch_floats * sizeof(float));
   parallel_for(
       parts,
       [&](int64_t i, int thread) {
-        float* acc = sums.as<float>() + i * panels * panel_floats;
-        std::memset(acc, 0, panels * panel_floats * sizeof(float));
+        float* acc = sums.as<float>() + i * part_floats;
+        std::memset(acc, 0, part_floats * sizeof(float));
         float* packed = scratch.as<float>() + thread * scratch_floats;
         float* slice = packed + packed_rows * row_floats;
         const Range mine = split(units, parts, i);
@@ -92,15 +90,15 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
           const int64_t n = unit / bands, p0 = unit % bands * band, rows = std::min(band, a.p - p0);
           for (int64_t j = 0; j < (rows - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1; ++j)
             pack_row(n, p0 * a.stride_h - a.pad_top + j, packed + j * row_floats);
-          for (int64_t panel = 0; panel < panels; ++panel) {
-            const int64_t channels = std::min(k.tile_k, a.k - panel * k.tile_k);
+          for (int64_t panel = 0; panel < panels.count(); ++panel) {
             FirstLayerWeightTile t{};
             t.x_step = a.stride_w * a.c, t.x_row_step = a.stride_h * row_floats;
             t.rows = rows, t.columns = a.q;
             t.dy = slice;
-            t.width = channels <= k.lanes ? k.lanes : k.tile_k;
+            t.width = panels.width(panel);
             t.taps = taps;
-            k.pack_slice(dy + (n * a.p + p0) * a.q * a.k + panel * k.tile_k, a.k, rows * a.q, channels, t.width, slice);
+            k.pack_slice(dy + (n * a.p + p0) * a.q * a.k + panel * k.tile_k, a.k, rows * a.q, panels.channels(panel),
+                         t.width, slice);
             for (int64_t r = 0; r < a.r; ++r) {
               t.x = packed + r * a.dilation_h * row_floats;
               t.acc = acc + panel * panel_floats + r * taps * t.width;
@@ -113,11 +111,10 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
 
   auto* total = sums.as<float>();
   for (int64_t part = 1; part < parts; ++part)
-    for (int64_t j = 0; j < panels * panel_floats; ++j) total[j] += total[part * panels * panel_floats + j];
+    for (int64_t j = 0; j < part_floats; ++j) total[j] += total[part * part_floats + j];
   const auto& stride = args.dw.strides;
   for (int64_t o = 0; o < a.k; ++o) {
-    const int64_t panel = o / k.tile_k, channels = std::min(k.tile_k, a.k - panel * k.tile_k);
-    const int64_t width = channels <= k.lanes ? k.lanes : k.tile_k;
+    const int64_t panel = o / k.tile_k, width = panels.width(panel);
     for (int64_t r = 0; r < a.r; ++r)
       for (int64_t s = 0; s < a.s; ++s)
         for (int64_t c = 0; c < a.c; ++c)
