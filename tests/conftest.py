@@ -15,7 +15,7 @@ import fastconv
 Result = TypeVar("Result")
 
 # Every implementation of convolution, in each direction where it has one.
-ALGORITHMS = ["direct", "pointwise", "depthwise", "first_layer", "reference"]
+ALGORITHMS = ["winograd", "direct", "pointwise", "depthwise", "first_layer", "reference"]
 
 # A job in the background of a shell ignores Ctrl-C, and so would the processes that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -42,6 +42,13 @@ def settings() -> Iterator[None]:
     yield
     fastconv.set_num_threads(THREADS)
     fastconv._C.set_algorithm("")
+    fastconv.set_precision("default")
+
+
+@pytest.fixture
+def strict() -> None:
+    """Plain sums only, for tests of exact results."""
+    fastconv.set_precision("strict")
 
 
 @contextmanager

@@ -50,20 +50,35 @@ def as_tensor(a: Array, grad: bool = False) -> torch.Tensor:
 # Error limits.
 
 
+def conv_limit(abs_ref: Array, products: int, u: float = U, winograd: bool = False) -> Array:
+    """What each element may be off: 2 u (sqrt K + 2) A; of Winograd, whose transforms mix the
+    pixels of a tile, 8 u (sqrt K + 4) max A."""
+    root = np.sqrt(products)
+    if winograd:
+        return np.full_like(abs_ref, 8 * u * (root + 4) * abs_ref.max(initial=0))
+    return 2 * u * (root + 2) * abs_ref
+
+
 def assert_conv_close(
-    got: Array, ref: Array, abs_ref: Array, products: int, what: str = ""
+    got: Array,
+    ref: Array,
+    abs_ref: Array,
+    products: int,
+    what: str = "",
+    winograd: bool = False,
 ) -> None:
-    """Sums of `products` products: relative L2 <= min(u (1 + sqrt K), 5e-5), each element
-    <= 2 u (sqrt K + 2) A. Where the result cancels, its norm is no measure and A / sqrt K is."""
+    """Sums of `products` products: each element within conv_limit, and the relative L2 error
+    <= min(u (1 + sqrt K), 5e-5), of Winograd 2 u (sqrt K + 4). Where the result cancels, its norm
+    is no measure and A / sqrt K is."""
     got = np.asarray(got)
     assert got.shape == ref.shape, f"{what}: shape {got.shape}, expected {ref.shape}"
     if not ref.size:
         return
     u, root = unit(got.dtype), np.sqrt(products)
     error = np.abs(got.astype(np.float64) - ref)
-    assert_each(error, 2 * u * (root + 2) * abs_ref, got, ref, what)
+    assert_each(error, conv_limit(abs_ref, products, u, winograd), got, ref, what)
     norm = max(np.linalg.norm(ref), np.linalg.norm(abs_ref) / root) if products else 0.0
-    limit = min(u * (1 + root), 5e-5) * norm
+    limit = (2 * u * (root + 4) if winograd else min(u * (1 + root), 5e-5)) * norm
     total = np.linalg.norm(error)
     assert total <= limit, f"{what}: L2 error {total:.3e} above the limit {limit:.3e}"
 

@@ -11,6 +11,9 @@ from tests.cases import CONV_TRANSPOSE_CASES, ConvCase, ConvTransposeCase
 from tests.memory import LAYOUTS, as_layout, channels_last, is_channels_last
 from tests.reference import assert_conv_close, assert_same_bits, conv_data
 
+# Winograd has limits of its own: test_winograd.py.
+pytestmark = pytest.mark.usefixtures("strict")
+
 NAMES = ["y", "dx", "dw", "db"]
 
 

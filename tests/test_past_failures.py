@@ -672,6 +672,7 @@ def check_all(cases: list[ConvCase], names: str) -> None:
     for case in cases:
         test_conv2d.check(case, names)
         data = reference.integer_conv_data(case)
+        fc.set_precision("strict")
         for name in names.split():
             got = (
                 fc.conv2d(data.x, data.w, **case.arguments)
@@ -679,6 +680,7 @@ def check_all(cases: list[ConvCase], names: str) -> None:
                 else test_conv2d.backward(case, name, data.dy, data.x, data.w)
             )
             np.testing.assert_array_equal(got, data.ref[name], f"{case} {name}")
+        fc.set_precision("default")
 
 
 def test_20_last_columns_of_the_strided_input_gradient(isa):
@@ -757,11 +759,11 @@ def test_30_output_size_in_ceil_mode():
                     np.testing.assert_allclose(got, ref, rtol=1e-6, err_msg=str((size, arguments)))
 
 
-def test_31_nan_infinity_and_ties(isa):
+def test_31_nan_infinity_and_ties(isa, strict):
     for position in [(0, 0), (2, 3), (5, 6)]:
         test_pool2d.test_max_propagates_nan(position, isa)
     test_pool2d.test_max_ties_go_to_the_first(isa)
-    test_conv2d.test_nan_and_infinity_reach_exactly_their_windows(isa)
+    test_conv2d.test_nan_and_infinity_reach_exactly_their_windows(isa, strict)
     assert (
         fc.max_pool2d(np.full((1, 9, 4, 4), -np.inf, np.float32), 2, padding=1) == -np.inf
     ).all()

@@ -185,6 +185,8 @@ void bind_conv2d(py::module_& m) {
         return cpu::explain_conv2d(describe(x, w, stride, padding, dilation, groups, dtype), direction);
       },
       "x_shape"_a, "w_shape"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a, "dtype"_a, "direction"_a);
+  m.def("set_strict_precision", &cpu::set_strict_precision, "on"_a);
+  m.def("strict_precision", &cpu::strict_precision);
   m.def("set_algorithm", &cpu::set_conv2d_algorithm, "name"_a,
         "Forces one convolution algorithm by name; '' lets the lists decide.");
 }

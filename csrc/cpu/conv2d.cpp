@@ -1,6 +1,7 @@
 // Which algorithm runs: three ordered lists, fastest first. A new algorithm is its own file and one line here.
 #include "cpu/conv2d.h"
 
+#include <atomic>
 #include <cstring>
 #include <mutex>
 #include <numeric>
@@ -16,6 +17,7 @@ constexpr ConvForward kForward[] = {
     {"depthwise", depthwise::supports, depthwise::forward},
     {"first_layer", first_layer::supports, first_layer::forward},
     {"pointwise", pointwise::supports, pointwise::forward},
+    {"winograd", winograd::supports, winograd::forward},
     {"direct", direct::supports, direct::forward},
     {"reference", reference::supports, reference::forward},
 };
@@ -23,6 +25,7 @@ constexpr ConvForward kForward[] = {
 constexpr ConvBackwardInput kBackwardInput[] = {
     {"depthwise", depthwise::supports, depthwise::backward_input},
     {"pointwise", pointwise::supports, pointwise::backward_input},
+    {"winograd", winograd::supports_backward_input, winograd::backward_input},
     {"direct", direct::supports, direct::backward_input},
     {"reference", reference::supports, reference::backward_input},
 };
@@ -31,12 +34,15 @@ constexpr ConvBackwardWeight kBackwardWeight[] = {
     {"depthwise", depthwise::supports, depthwise::backward_weight},
     {"first_layer", first_layer::supports_backward_weight, first_layer::backward_weight},
     {"pointwise", pointwise::supports, pointwise::backward_weight},
+    {"winograd", winograd::supports, winograd::backward_weight},
     {"direct", direct::supports, direct::backward_weight},
     {"reference", reference::supports, reference::backward_weight},
 };
 
 std::mutex algorithm_mutex;
 std::string forced_algorithm;
+
+std::atomic<bool> strict{false};
 
 std::string forced() {
   std::lock_guard<std::mutex> lock(algorithm_mutex);
@@ -54,6 +60,9 @@ void set_conv2d_algorithm(const std::string& name) {
   std::lock_guard<std::mutex> lock(algorithm_mutex);
   forced_algorithm = name;
 }
+
+void set_strict_precision(bool on) { strict = on; }
+bool strict_precision() { return strict; }
 
 void conv2d_forward(const Conv2dProblem& problem, const ForwardArguments& args) {
   if (elements(problem.y_shape()) == 0) return;

@@ -44,6 +44,10 @@ void channel_sums(DType, int64_t rows, int64_t channels, const void* dy, void* d
 Explanation explain_conv2d(const Conv2dProblem&, const std::string& direction);
 void set_conv2d_algorithm(const std::string& name);  // "" lets the lists decide; for tests and experiments
 
+// Strict precision refuses algorithms with a larger error than a plain sum has, as Winograd's.
+void set_strict_precision(bool);
+bool strict_precision();
+
 // The algorithms, a file each.
 namespace reference {
 const char* supports(const Conv2dProblem&);
@@ -58,6 +62,14 @@ void forward(const Conv2dProblem&, const ForwardArguments&);
 void backward_input(const Conv2dProblem&, const BackwardInputArguments&);
 void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
 }  // namespace direct
+
+namespace winograd {
+const char* supports(const Conv2dProblem&);
+const char* supports_backward_input(const Conv2dProblem&);
+void forward(const Conv2dProblem&, const ForwardArguments&);
+void backward_input(const Conv2dProblem&, const BackwardInputArguments&);
+void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
+}  // namespace winograd
 
 namespace pointwise {
 const char* supports(const Conv2dProblem&);

@@ -109,7 +109,7 @@ void run_panel(const DirectProblem& d, const Band& band, const BandRange& range,
   t.blocks = band.blocks();
   t.block_stride = band.block_stride();
   t.last_channels = d.source.channels - (band.blocks() - 1) * d.block;
-  t.w = w;
+  t.w = t.next = w;
   t.bias = d.epilogue.bias ? d.epilogue.bias + channel : nullptr;
   t.low = d.epilogue.low, t.high = d.epilogue.high;
   t.row_stride = d.rows.out_step * d.y_w * d.y_pixel;
@@ -216,6 +216,7 @@ void add_band(const WeightGradientProblem& d, const Band& band, const BandRange&
     for (int64_t c = 0; c < band.blocks(); ++c) {
       t.x = band.data() + c * band.block_stride();
       t.channels = std::min(kBlock, d.source.channels - c * kBlock);
+      t.next = t.x;
       t.acc = acc + (c * taps + tap) * kBlock * t.width;
       k.weight_tile(t);
     }
@@ -282,23 +283,39 @@ void run(const WeightGradientProblem& d) {
       },
       threads);
 
-  // Sum of the parts in order, then out through the strides of dw.
-  auto* dw = const_cast<float*>(d.dw.data);
-  parallel_for(slots * shape.blocks(), [&](int64_t i, int) {
-    const int64_t slot = i / shape.blocks(), c0 = i % shape.blocks() * kBlock;
-    const int64_t g = slot / panels.count(), panel = slot % panels.count(), width = panels.width(panel);
-    const int64_t channels = std::min(kBlock, d.source.channels - c0), floats = taps * kBlock * width;
-    float* total = sums.as<float>() + slot * slot_floats + c0 * taps * width;
+  write_gradient(d, sums.as<float>(), parts);
+}
+
+void write_gradient(const WeightGradientProblem& d, const Panels& panels, int64_t g, int64_t panel, Range blocks,
+                    const float* total) {
+  const int64_t column_taps = d.columns.taps.size(), taps = d.rows.taps.size() * column_taps;
+  const int64_t width = panels.width(panel), tap_floats = kBlock * width;
+  float* dw = const_cast<float*>(d.dw.data) + g * d.dw.group + panel * panels.tile_k * d.dw.out;
+  // Blocks in turn, so that neighbouring cache lines of dw are written one after the other.
+  for (int64_t tap = 0; tap < taps; ++tap)
+    for (int64_t b = blocks.begin; b < blocks.end; ++b)
+      kernels().conv2d.unpack_weights(total + ((b - blocks.begin) * taps + tap) * tap_floats, width,
+                                      panels.channels(panel), std::min(kBlock, d.source.channels - b * kBlock),
+                                      dw + b * kBlock * d.dw.in + d.rows.taps[tap / column_taps].index * d.dw.row +
+                                          d.columns.taps[tap % column_taps].index * d.dw.column,
+                                      d.dw.out, d.dw.in);
+}
+
+void write_gradient(const WeightGradientProblem& d, float* sums, int64_t parts) {
+  const auto& k = kernels().conv2d;
+  const Panels panels{d.outs, k.tile_k, k.lanes};
+  const int64_t taps = d.rows.taps.size() * d.columns.taps.size();
+  const int64_t blocks = ceil_divide(d.source.channels, kBlock), slots = d.groups * panels.count();
+  const int64_t slot_floats = blocks * taps * kBlock * panels.tile_k, groups = ceil_divide(blocks, 4);
+  parallel_for(slots * groups, [&](int64_t i, int) {
+    const int64_t slot = i / groups, panel = slot % panels.count(), floats = taps * kBlock * panels.width(panel);
+    const Range mine = split(blocks, groups, i % groups);
+    float* total = sums + slot * slot_floats + mine.begin * floats;
     for (int64_t part = 1; part < parts; ++part) {
       const float* more = total + part * slots * slot_floats;
-      for (int64_t j = 0; j < floats; ++j) total[j] += more[j];
+      for (int64_t j = 0; j < (mine.end - mine.begin) * floats; ++j) total[j] += more[j];
     }
-    for (int64_t tap = 0; tap < taps; ++tap)
-      k.unpack_weights(total + tap * kBlock * width, width, panels.channels(panel), channels,
-                       dw + g * d.dw.group + panel * panels.tile_k * d.dw.out + c0 * d.dw.in +
-                           d.rows.taps[tap / column_taps].index * d.dw.row +
-                           d.columns.taps[tap % column_taps].index * d.dw.column,
-                       d.dw.out, d.dw.in);
+    write_gradient(d, panels, slot / panels.count(), panel, mine, total);
   });
 }
 
@@ -319,48 +336,58 @@ const char* supports(const Conv2dProblem& a) {
   return nullptr;
 }
 
-void forward(const Conv2dProblem& a, const ForwardArguments& args) {
-  run(DirectProblem{a.n,
-                    {static_cast<const float*>(args.x), a.h, a.w, a.c, 0, a.cg()},
-                    forward_axis(a.p, a.r, a.stride_h, a.pad_top, a.dilation_h),
-                    forward_axis(a.q, a.s, a.stride_w, a.pad_left, a.dilation_w),
-                    a.groups,
-                    a.kg(),
-                    forward_weights(a, args.w),
-                    static_cast<float*>(args.y),
-                    a.p,
-                    a.q,
-                    a.k,
-                    make_epilogue(args)});
+DirectProblem forward_problem(const Conv2dProblem& a, const ForwardArguments& args) {
+  return {a.n,
+          {static_cast<const float*>(args.x), a.h, a.w, a.c, 0, a.cg()},
+          forward_axis(a.p, a.r, a.stride_h, a.pad_top, a.dilation_h),
+          forward_axis(a.q, a.s, a.stride_w, a.pad_left, a.dilation_w),
+          a.groups,
+          a.kg(),
+          forward_weights(a, args.w),
+          static_cast<float*>(args.y),
+          a.p,
+          a.q,
+          a.k,
+          make_epilogue(args)};
 }
+
+DirectProblem backward_problem(const Conv2dProblem& a, const BackwardInputArguments& args, const AxisTaps& rows,
+                               const AxisTaps& columns) {
+  return {a.n,
+          {static_cast<const float*>(args.dy), a.p, a.q, a.k, 0, a.kg()},
+          rows,
+          columns,
+          a.groups,
+          a.cg(),
+          backward_weights(a, args.w),
+          static_cast<float*>(args.dx),
+          a.h,
+          a.w,
+          a.c,
+          {}};
+}
+
+WeightGradientProblem weight_gradient_problem(const Conv2dProblem& a, const BackwardWeightArguments& args) {
+  return {a.n,
+          {static_cast<const float*>(args.x), a.h, a.w, a.c, 0, a.cg()},
+          forward_axis(a.p, a.r, a.stride_h, a.pad_top, a.dilation_h),
+          forward_axis(a.q, a.s, a.stride_w, a.pad_left, a.dilation_w),
+          a.groups,
+          a.kg(),
+          static_cast<const float*>(args.dy),
+          forward_weights(a, args.dw)};
+}
+
+void forward(const Conv2dProblem& a, const ForwardArguments& args) { run(forward_problem(a, args)); }
 
 void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) {
   const auto columns = backward_axes(a.w, a.s, a.stride_w, a.pad_left, a.dilation_w);
   for (const AxisTaps& row_axis : backward_axes(a.h, a.r, a.stride_h, a.pad_top, a.dilation_h))
-    for (const AxisTaps& column_axis : columns)
-      run(DirectProblem{a.n,
-                        {static_cast<const float*>(args.dy), a.p, a.q, a.k, 0, a.kg()},
-                        row_axis,
-                        column_axis,
-                        a.groups,
-                        a.cg(),
-                        backward_weights(a, args.w),
-                        static_cast<float*>(args.dx),
-                        a.h,
-                        a.w,
-                        a.c,
-                        {}});
+    for (const AxisTaps& column_axis : columns) run(backward_problem(a, args, row_axis, column_axis));
 }
 
 void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args) {
-  run(WeightGradientProblem{a.n,
-                            {static_cast<const float*>(args.x), a.h, a.w, a.c, 0, a.cg()},
-                            forward_axis(a.p, a.r, a.stride_h, a.pad_top, a.dilation_h),
-                            forward_axis(a.q, a.s, a.stride_w, a.pad_left, a.dilation_w),
-                            a.groups,
-                            a.kg(),
-                            static_cast<const float*>(args.dy),
-                            forward_weights(a, args.dw)});
+  run(weight_gradient_problem(a, args));
 }
 
 }  // namespace fastconv::cpu::direct

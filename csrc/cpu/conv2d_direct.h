@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/conv2d_band.h"
+#include "cpu/parallel.h"
 
 namespace fastconv::cpu::direct {
 
@@ -47,6 +48,19 @@ struct WeightGradientProblem {
   WeightView dw;    // written
 };
 void run(const WeightGradientProblem&);
+
+// dw of some channel blocks of one panel from total[block][tap][kBlock][width].
+void write_gradient(const WeightGradientProblem&, const Panels&, int64_t g, int64_t panel, Range blocks,
+                    const float* total);
+// dw from sums[part][group][panel][channel block][tap][kBlock][width]: the parts added in order, which changes the
+// first.
+void write_gradient(const WeightGradientProblem&, float* sums, int64_t parts);
+
+// A convolution and its gradients as these problems; an input gradient for one phase of the stride an axis.
+DirectProblem forward_problem(const Conv2dProblem&, const ForwardArguments&);
+DirectProblem backward_problem(const Conv2dProblem&, const BackwardInputArguments&, const AxisTaps& rows,
+                               const AxisTaps& columns);
+WeightGradientProblem weight_gradient_problem(const Conv2dProblem&, const BackwardWeightArguments&);
 
 WeightView forward_weights(const Conv2dProblem&, const TensorView& w);   // out = K, in = C
 WeightView backward_weights(const Conv2dProblem&, const TensorView& w);  // out = C, in = K

@@ -16,11 +16,13 @@ from .runtime import (
     available_isas,
     empty_cache,
     get_num_threads,
+    get_precision,
     isa,
     memory_stats,
     reset_peak_memory_stats,
     set_memory_limit,
     set_num_threads,
+    set_precision,
 )
 
 __version__ = "0.1.0"
@@ -63,10 +65,12 @@ __all__ = [
     "available_isas",
     "empty_cache",
     "get_num_threads",
+    "get_precision",
     "isa",
     "memory_stats",
     "ops",
     "reset_peak_memory_stats",
     "set_memory_limit",
     "set_num_threads",
+    "set_precision",
 ]

@@ -1,4 +1,4 @@
-"""Threads, instruction sets, memory."""
+"""Threads, precision, instruction sets, memory."""
 
 from __future__ import annotations
 
@@ -17,6 +17,30 @@ def set_num_threads(threads: int) -> None:
 def get_num_threads() -> int:
     """The threads in use: as set, else OpenMP's (OMP_NUM_THREADS, affinity); 1 after fork."""
     return _C.get_num_threads()
+
+
+def set_precision(precision: str) -> None:
+    """How much error float32 convolutions may have, in the whole process.
+
+    "default": algorithms whose error is of the size of a plain sum's, among them Winograd F(4x4,
+    3x3). Against exact arithmetic a 3x3 convolution then has a relative L2 error of at most
+    2 u (sqrt K + 4), u = 2^-24, K products in a sum: about twice that of a plain sum. A NaN or an
+    infinity reaches the outputs of its whole tile, up to three pixels beyond its windows.
+    "strict": plain sums only, u (1 + sqrt K); integers with exact sums give exact results.
+
+    Raises ValueError for any other name.
+    """
+    if precision not in _PRECISIONS:
+        raise ValueError(f"precision must be one of {_PRECISIONS}, got {precision!r}")
+    _C.set_strict_precision(precision == "strict")
+
+
+def get_precision() -> str:
+    """The precision in use: "default" or "strict"."""
+    return "strict" if _C.strict_precision() else "default"
+
+
+_PRECISIONS = ("default", "strict")
 
 
 def isa() -> str:

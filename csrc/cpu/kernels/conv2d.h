@@ -32,6 +32,7 @@ struct DirectTile {
   int64_t block_stride;              // between channel blocks of x
   int64_t last_channels;             // channels in the last block
   const float* w;                    // panel [block][tap][channel][vectors * lanes]
+  const float* next;                 // the panel wanted next: one vector * lanes of it is prefetched a step
   float* y;                          // first pixel, first channel of the tile
   const float* residual;             // the same place of the residual, or null
   const float* bias;                 // first channel, or null
@@ -50,6 +51,7 @@ struct WeightTile {
   const float* dy;             // [rows * columns][width], packed
   int64_t width;               // lanes or 2 * lanes
   int64_t channels;            // channels wanted, <= kBlock
+  const float* next;           // wanted next: kBlock floats of it are prefetched a pixel
   float* acc;                  // [kBlock][width]
 };
 

@@ -29,10 +29,16 @@ template <int BLOCK, int V, int ROWS, int P> void direct_tile(const DirectTile& 
       const float* x0 = t.taps[i].x[0] + t.x_offset + b * t.block_stride;
       const float* x1 = ROWS > 1 ? t.taps[i].x[1] + t.x_offset + b * t.block_stride : nullptr;
       const float* w = panel + t.taps[i].index * channels * W;
+      const float* next = t.next + (w - t.w);
       const auto step = [&](int64_t c) __attribute__((always_inline)) {
         Vec weights[V];
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) weights[v] = load(w + c * W + v * kLanes);
+        if constexpr (BLOCK == kBlock) {
+#pragma GCC unroll 2
+          for (int i = 0; i < W; i += kBlock) prefetch_l2(next + c * W + i);
+          prefetch(x0 + t.block_stride + c * BLOCK);
+        }
 #pragma GCC unroll 16
         for (int p = 0; p < P; ++p) {
           const Vec x = set1(x0[p * BLOCK + c]);
@@ -132,7 +138,9 @@ inline void transpose_square(const float* src, int64_t src_step, float* dst, int
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
     rows[i] = load(src + i * src_step);
-    prefetch(src + i * src_step + 4 * kLanes);  // so many rows at once are more streams than the hardware follows
+    // So many rows at once are more streams than the hardware follows.
+    prefetch(src + i * src_step + 4 * kLanes);
+    prefetch(dst + i * dst_step + kLanes);
   }
 #pragma GCC unroll 4
   for (int stage = 1; stage < kLanes; stage *= 2) {
@@ -158,7 +166,10 @@ void pack_weights(const float* src, int64_t out_step, int64_t in_step, int64_t o
     for (int64_t i = 0; i < square_ins; i += kLanes)
       transpose_square(src + o * out_step + i, out_step, dst + i * width + o, width);
   if (out_step == 1) {
-    for (int64_t i = 0; i < ins; ++i) pack_slice(src + i * in_step, 0, 1, outs, width, dst + i * width);
+    for (int64_t i = 0; i < ins; ++i) {
+      for (int64_t o = 0; o < width; o += kBlock) prefetch(src + (i + 8) * in_step + o);
+      pack_slice(src + i * in_step, 0, 1, outs, width, dst + i * width);
+    }
     return;
   }
   for (int64_t o = 0; o < outs; ++o)
@@ -191,10 +202,12 @@ template <int C, int V> void weight_tile_part(const WeightTile& t, int64_t c0) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) acc[c][v] = load(out + c * W + v * kLanes);
   const float* dy = t.dy;
+  const float* next = t.next;
   for (int64_t r = 0; r < t.rows; ++r) {
     const float* x = t.x + t.row_offsets[r] + c0;
 #pragma GCC unroll 2
-    for (int64_t q = 0; q < t.columns; ++q, x += kBlock, dy += W) {
+    for (int64_t q = 0; q < t.columns; ++q, x += kBlock, dy += W, next += kBlock) {
+      prefetch(next);
       Vec g[V];
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) g[v] = load(dy + v * kLanes);

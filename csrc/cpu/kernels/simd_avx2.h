@@ -24,6 +24,11 @@ inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec set1(float a) { return _mm256_set1_ps(a); }
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline Vec load_first(const float* p, int64_t n) { return _mm256_maskload_ps(p, first(n)); }
+// Zeros, reading nothing, unless `inside`; otherwise the lanes of the mask.
+using Mask = __m256i;
+inline Vec load_if(bool inside, const float* p, Mask lanes) {
+  return _mm256_maskload_ps(p, _mm256_and_si256(lanes, _mm256_set1_epi32(-static_cast<int>(inside))));
+}
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
 inline void store_first(float* p, Vec a, int64_t n) { _mm256_maskstore_ps(p, first(n), a); }
 inline void stream(float* p, Vec a) { _mm256_stream_ps(p, a); }  // p 32-byte aligned

@@ -21,6 +21,11 @@ inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec set1(float a) { return _mm512_set1_ps(a); }
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+// Zeros, reading nothing, unless `inside`; otherwise the lanes of the mask.
+using Mask = __mmask16;
+inline Vec load_if(bool inside, const float* p, Mask lanes) {
+  return _mm512_maskz_loadu_ps(static_cast<Mask>(lanes & -static_cast<int>(inside)), p);
+}
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
 inline void store_first(float* p, Vec a, int64_t n) { _mm512_mask_storeu_ps(p, first(n), a); }
 inline void stream(float* p, Vec a) { _mm512_stream_ps(p, a); }  // p 64-byte aligned

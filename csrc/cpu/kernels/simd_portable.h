@@ -23,6 +23,10 @@ inline Vec load_first(const float* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) a[i] = p[i];
   return a;
 }
+// Zeros, reading nothing, unless `inside`; otherwise the lanes of the mask.
+using Mask = int64_t;
+inline Mask first(int64_t n) { return n; }
+inline Vec load_if(bool inside, const float* p, Mask lanes) { return load_first(p, inside ? lanes : 0); }
 inline void store(float* p, Vec a) { *reinterpret_cast<UnalignedVec*>(p) = a; }
 inline void store_first(float* p, Vec a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = a[i];

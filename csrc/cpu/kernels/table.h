@@ -9,6 +9,7 @@
 #include "cpu/kernels/optimizer.h"
 #include "cpu/kernels/pool2d.h"
 #include "cpu/kernels/roofline.h"
+#include "cpu/kernels/winograd.h"
 
 namespace fastconv::cpu {
 
@@ -28,6 +29,7 @@ template <template <class> class Kernels> struct Typed {
 struct KernelTable {
   const char* isa;
   Conv2dKernels conv2d;
+  WinogradKernels winograd;
   Typed<Pool2dKernels> pool2d;
   Typed<BatchNormKernels> batch_norm;
   Typed<ElementwiseKernels> elementwise;

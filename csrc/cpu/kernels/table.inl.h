@@ -10,6 +10,7 @@
 #include "cpu/kernels/pool2d.inl.h"
 #include "cpu/kernels/roofline.inl.h"
 #include "cpu/kernels/table.h"
+#include "cpu/kernels/winograd.inl.h"
 
 namespace fastconv::cpu {
 namespace {
@@ -36,6 +37,7 @@ constexpr KernelTable kernel_table() {
   return {
       FC_ISA_NAME,
       conv2d_kernels(),
+      winograd_kernels(),
       {pool2d_kernels<float>(), pool2d_kernels<double>()},
       {batch_norm_kernels<float>(), batch_norm_kernels<double>()},
       {elementwise_kernels<float>(), elementwise_kernels<double>()},

@@ -1,0 +1,69 @@
+// The transforms of Winograd's minimal filtering F(4x4, 3x3) and F(3x3, 3x3). The products between them are those of
+// the direct engine (DirectTile, WeightTile) with one tap.
+//
+// A tile of 4 (or 3) outputs an axis is evaluated at six (five) points; a position is a pair of points, row * 6 +
+// column. A 3-tile leaves out point 4. `position` is the distance in floats between neighbouring positions of an array.
+#pragma once
+
+#include <cstdint>
+
+namespace fastconv::cpu {
+
+constexpr int64_t kPoints = 6;
+constexpr int64_t kPositions = kPoints * kPoints;
+
+// The extent of one tile: outputs an axis as transformed (4 or 3).
+struct WinogradTile {
+  int64_t rows, columns;
+};
+
+// v[position][block][kBlock] = the window of x under one tile; zeros beyond the image and beyond `channels`.
+struct WinogradInput {
+  WinogradTile tile;
+  const float* x;                // first pixel of the window, which may lie outside the image
+  int64_t row, pixel;            // strides of x
+  uint32_t rows_in, columns_in;  // bit i: row (column) i of the window lies inside the image
+  int64_t next;                  // from this window to the one wanted next, for prefetching
+  int64_t channels;
+  float* v;
+  int64_t block, position;
+};
+
+// d[position][width] = one tile of dy; zeros beyond `rows`, `columns` and `channels`.
+struct WinogradGradient {
+  WinogradTile tile;
+  const float* dy;
+  int64_t row, pixel;     // strides of dy
+  int64_t rows, columns;  // of the tile that lie inside the image
+  int64_t next;           // as in WinogradInput
+  int64_t channels, width;
+  float* d;
+  int64_t position;
+};
+
+// y = clamp(the tile of m[position][width] + bias + residual).
+struct WinogradOutput {
+  WinogradTile tile;
+  const float* m;
+  int64_t position;
+  float* y;
+  const float* residual;  // the same place, or null
+  const float* bias;      // or null
+  int64_t row, pixel;     // strides of y and residual
+  int64_t rows, columns;  // to store
+  int64_t channels;
+  float low, high;
+  bool streaming;  // non-temporal stores; y and pixel aligned to a vector
+};
+
+struct WinogradKernels {
+  void (*input)(const WinogradInput&);
+  void (*gradient)(const WinogradGradient&);
+  void (*output)(const WinogradOutput&);
+  // u[position][i] = the 3x3 kernel w[tap][i], tap = row * 3 + column; for i < floats, a multiple of the lanes
+  void (*weights)(const float* w, int64_t tap, int64_t floats, float* u, int64_t position);
+  // dw[tap][i] = the 3x3 gradient of m[position][i]
+  void (*weight_gradient)(const float* m, int64_t position, int64_t floats, float* dw, int64_t tap);
+};
+
+}  // namespace fastconv::cpu

@@ -1,0 +1,325 @@
+// Winograd's transforms (Lavin and Gray, arXiv 1509.09308) with the points 0, +-a, +-b, infinity, a = 1/sqrt2, b =
+// sqrt2. Against 0, +-1, +-2, infinity these keep the same shape of matrices and a largest error several times lower.
+//
+// F(m, r) is Toom-Cook transposed: y = A'[(G g) * (B' d)], with for the point p of the set P
+//   (G g)_p  = sum_j g_j p^j / N_p,  N_p = product over q in P, q != p of (p - q);   infinity: the last g
+//   (B' d)_p = the coefficients of the product over q != p of (x - q), applied to d; infinity: product over all q
+//   y_k      = sum_p p^k m_p;                                                        infinity: added to the last y
+// Tiles of 3 outputs use the points without -b. Their B' is scaled by p + b, the factor of N_p that is then missing, so
+// that they share the transformed weights of the 4-tiles; row p of it is (p + b) times the product over q of (x - q).
+// The weight gradient is the same bilinear form with dy in the place of g; 1/N_p then stands in the inverse.
+#pragma once
+
+#include "cpu/kernels/winograd.h"
+
+namespace fastconv::cpu {
+namespace {
+
+constexpr double kA = 0.70710678118654752440, kB = 1.41421356237309504880;
+constexpr double kA2 = 0.5, kB2 = 2.0;
+// 1 / N_p for p = +-a and +-b; N_0 = a^2 b^2 = 1. The odd powers of p go with the sign of p.
+constexpr double kNormA = 1 / (2 * kA2 * (kA2 - kB2)), kNormB = 1 / (2 * kB2 * (kB2 - kA2));
+
+inline Vec constant(double a) { return set1(static_cast<float>(a)); }
+inline Vec scaled(double a, Vec b) { return constant(a) * b; }
+inline Vec scaled_add(double a, Vec b, Vec c) { return fma(constant(a), b, c); }
+
+template <int TILE> constexpr int kTilePoints = TILE + 2;
+// Where the i-th point of a tile stands among the six.
+template <int TILE> constexpr int point(int i) { return TILE == 4 || i < 4 ? i : 5; }
+
+// B': the TILE + 2 pixels d[0], d[step], ... at the points.
+template <int TILE> inline __attribute__((always_inline)) void input_points(const Vec* d, int step, Vec* o) {
+  const Vec d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step];
+  if constexpr (TILE == 4) {
+    const Vec d5 = d[5 * step];
+    o[0] = scaled_add(-(kA2 + kB2), d2, d0 + d4);
+    o[5] = scaled_add(-(kA2 + kB2), d3, d1 + d5);
+    const Vec e = scaled_add(-kB2, d2, d4), f = scaled_add(-kB2, d1, d3);
+    o[1] = scaled_add(kA, f, e);
+    o[2] = scaled_add(-kA, f, e);
+    const Vec g = scaled_add(-kA2, d2, d4), h = scaled_add(-kA2, d1, d3);
+    o[3] = scaled_add(kB, h, g);
+    o[4] = scaled_add(-kB, h, g);
+  } else {
+    o[0] = scaled_add(kB, d3, scaled_add(-kB2, d2, scaled_add(-kA2 * kB, d1, d0)));
+    o[1] = scaled_add(kA + kB, d3, scaled_add((kA + kB) * (kA - kB), d2, scaled(-(kA + kB) * kA * kB, d1)));
+    o[2] = scaled_add(kB - kA, d3, scaled_add((kA - kB) * (kA + kB), d2, scaled((kB - kA) * kA * kB, d1)));
+    o[3] = scaled(2 * kB, scaled_add(-kA2, d1, d3));
+    o[4] = scaled_add(-kB, d3, scaled_add(-kA2, d2, scaled_add(kA2 * kB, d1, d4)));
+  }
+}
+
+// A': the points m[0], m[step], ... to TILE outputs.
+template <int TILE> inline __attribute__((always_inline)) void output_pixels(const Vec* m, int step, Vec* y) {
+  const Vec m1 = m[step], m2 = m[2 * step], sum = m1 + m2, difference = m1 - m2;
+  if constexpr (TILE == 4) {
+    const Vec m3 = m[3 * step], m4 = m[4 * step], sum_b = m3 + m4, difference_b = m3 - m4;
+    y[0] = m[0] + sum + sum_b;
+    y[1] = scaled_add(kB, difference_b, scaled(kA, difference));
+    y[2] = scaled_add(kB2, sum_b, scaled(kA2, sum));
+    y[3] = scaled_add(kB * kB2, difference_b, scaled_add(kA * kA2, difference, m[5 * step]));
+  } else {
+    const Vec m3 = m[3 * step];
+    y[0] = m[0] + sum + m3;
+    y[1] = scaled_add(kA, difference, scaled(kB, m3));
+    y[2] = scaled_add(kA2, sum, scaled_add(kB2, m3, m[4 * step]));
+  }
+}
+
+// TILE pixels of dy as polynomials at the points, without 1/N_p.
+template <int TILE> inline __attribute__((always_inline)) void gradient_points(const Vec* g, int step, Vec* o) {
+  const Vec g0 = g[0], g1 = g[step], g2 = g[2 * step];
+  if constexpr (TILE == 4) {
+    const Vec g3 = g[3 * step];
+    const Vec e = scaled_add(kA2, g2, g0), f = scaled_add(kA2, g3, g1);
+    const Vec even = scaled_add(kB2, g2, g0), odd = scaled_add(kB2, g3, g1);
+    o[0] = g0;
+    o[1] = scaled_add(kA, f, e);
+    o[2] = scaled_add(-kA, f, e);
+    o[3] = scaled_add(kB, odd, even);
+    o[4] = scaled_add(-kB, odd, even);
+    o[5] = g3;
+  } else {
+    const Vec e = scaled_add(kA2, g2, g0);
+    o[0] = g0;
+    o[1] = scaled_add(kA, g1, e);
+    o[2] = scaled_add(-kA, g1, e);
+    o[3] = scaled_add(kB, g1, scaled_add(kB2, g2, g0));
+    o[4] = g2;
+  }
+}
+
+// G: three weights at the six points.
+inline __attribute__((always_inline)) void weight_points(const Vec* g, int step, Vec* o) {
+  const Vec g0 = g[0], g1 = g[step], g2 = g[2 * step];
+  const Vec e = scaled_add(kA2 * kNormA, g2, scaled(kNormA, g0)), f = scaled(kA * kNormA, g1);
+  const Vec even = scaled_add(kB2 * kNormB, g2, scaled(kNormB, g0)), odd = scaled(kB * kNormB, g1);
+  o[0] = g0;
+  o[1] = e + f;
+  o[2] = e - f;
+  o[3] = even + odd;
+  o[4] = even - odd;
+  o[5] = g2;
+}
+
+// The six points to three weight gradients.
+inline __attribute__((always_inline)) void weight_gradients(const Vec* m, int step, Vec* dw) {
+  const Vec m1 = m[step], m2 = m[2 * step], m3 = m[3 * step], m4 = m[4 * step];
+  const Vec sum = m1 + m2, difference = m1 - m2, sum_b = m3 + m4, difference_b = m3 - m4;
+  dw[0] = scaled_add(kNormA, sum, scaled_add(kNormB, sum_b, m[0]));
+  dw[1] = scaled_add(kA * kNormA, difference, scaled(kB * kNormB, difference_b));
+  dw[2] = scaled_add(kA2 * kNormA, sum, scaled_add(kB2 * kNormB, sum_b, m[5 * step]));
+}
+
+// One vector of channels of a window. Registers: the 36 values of the half-transformed window exceed every register
+// file; those few that spill stay in L1. Bound: 144 multiply-adds, 36 loads and 36 stores of full cache lines.
+template <int ROWS, int COLUMNS, bool MASKED>
+inline __attribute__((always_inline)) void input_vector(const WinogradInput& t, const float* x, Mask lanes, float* v) {
+  constexpr int kRows = kTilePoints<ROWS>, kColumns = kTilePoints<COLUMNS>;
+  Vec half[kRows][kColumns];
+#pragma GCC unroll 6
+  for (int j = 0; j < kColumns; ++j) {
+    Vec pixels[kRows], points[kRows];
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) {
+      const float* at = x + i * t.row + j * t.pixel;
+      pixels[i] = MASKED ? load_if((t.rows_in >> i & t.columns_in >> j & 1) != 0, at, lanes) : load(at);
+    }
+    input_points<ROWS>(pixels, 1, points);
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) half[i][j] = points[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) {
+    Vec points[kColumns];
+    input_points<COLUMNS>(half[i], 1, points);
+#pragma GCC unroll 6
+    for (int j = 0; j < kColumns; ++j)
+      store(v + (point<ROWS>(i) * kPoints + point<COLUMNS>(j)) * t.position, points[j]);
+  }
+}
+
+template <int ROWS, int COLUMNS> void winograd_input_tile(const WinogradInput& t) {
+  constexpr uint32_t kAllRows = (1u << kTilePoints<ROWS>)-1, kAllColumns = (1u << kTilePoints<COLUMNS>)-1;
+  const bool inside = (t.rows_in & kAllRows) == kAllRows && (t.columns_in & kAllColumns) == kAllColumns;
+  for (int64_t c = 0; c < t.channels; c += kBlock) {
+    float* const v = t.v + c / kBlock * t.block;
+    // The window jumps from row to row and pixel to pixel, which the hardware does not foresee.
+#pragma GCC unroll 6
+    for (int i = 0; i < kTilePoints<ROWS>; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < COLUMNS; ++j) prefetch(t.x + t.next + i * t.row + j * t.pixel + c);
+    for (int64_t i = 0; i < kBlock; i += kLanes) {
+      const int64_t n = t.channels - c - i;
+      if (inside && n >= kLanes)
+        input_vector<ROWS, COLUMNS, false>(t, t.x + c + i, Mask{}, v + i);
+      else
+        input_vector<ROWS, COLUMNS, true>(t, t.x + c + i, first(n < 0 ? 0 : n < kLanes ? n : kLanes), v + i);
+    }
+  }
+}
+
+void winograd_input(const WinogradInput& t) {
+  if (t.tile.rows == 4)
+    t.tile.columns == 4 ? winograd_input_tile<4, 4>(t) : winograd_input_tile<4, 3>(t);
+  else
+    t.tile.columns == 4 ? winograd_input_tile<3, 4>(t) : winograd_input_tile<3, 3>(t);
+}
+
+template <int ROWS, int COLUMNS, bool MASKED>
+inline __attribute__((always_inline)) void gradient_vector(const WinogradGradient& t, const float* dy, Mask lanes,
+                                                           float* d) {
+  constexpr int kRows = kTilePoints<ROWS>, kColumns = kTilePoints<COLUMNS>;
+  Vec half[kRows][COLUMNS];
+#pragma GCC unroll 4
+  for (int j = 0; j < COLUMNS; ++j) {
+    Vec pixels[ROWS], points[kRows];
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) {
+      const float* at = dy + i * t.row + j * t.pixel;
+      pixels[i] = MASKED ? load_if(i < t.rows && j < t.columns, at, lanes) : load(at);
+    }
+    gradient_points<ROWS>(pixels, 1, points);
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) half[i][j] = points[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) {
+    Vec points[kColumns];
+    gradient_points<COLUMNS>(half[i], 1, points);
+#pragma GCC unroll 6
+    for (int j = 0; j < kColumns; ++j)
+      store(d + (point<ROWS>(i) * kPoints + point<COLUMNS>(j)) * t.position, points[j]);
+  }
+}
+
+template <int ROWS, int COLUMNS> void winograd_gradient_tile(const WinogradGradient& t) {
+  const bool inside = t.rows >= ROWS && t.columns >= COLUMNS;
+  for (int64_t i = 0; i < t.width; i += kLanes) {
+    const int64_t n = t.channels - i;
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < COLUMNS; ++j) prefetch(t.dy + t.next + r * t.row + j * t.pixel + i);
+    if (inside && n >= kLanes)
+      gradient_vector<ROWS, COLUMNS, false>(t, t.dy + i, Mask{}, t.d + i);
+    else
+      gradient_vector<ROWS, COLUMNS, true>(t, t.dy + i, first(n < 0 ? 0 : n < kLanes ? n : kLanes), t.d + i);
+  }
+}
+
+void winograd_gradient(const WinogradGradient& t) {
+  if (t.tile.rows == 4)
+    t.tile.columns == 4 ? winograd_gradient_tile<4, 4>(t) : winograd_gradient_tile<4, 3>(t);
+  else
+    t.tile.columns == 4 ? winograd_gradient_tile<3, 4>(t) : winograd_gradient_tile<3, 3>(t);
+}
+
+// One vector of channels of a tile. WHOLE: all outputs are stored, as full vectors, with no residual.
+template <int ROWS, int COLUMNS, bool WHOLE>
+inline __attribute__((always_inline)) void output_vector(const WinogradOutput& t, int64_t c) {
+  constexpr int kRows = kTilePoints<ROWS>, kColumns = kTilePoints<COLUMNS>;
+  Vec half[ROWS][kColumns];
+#pragma GCC unroll 6
+  for (int j = 0; j < kColumns; ++j) {
+    Vec points[kRows], pixels[ROWS];
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i)
+      points[i] = load(t.m + (point<ROWS>(i) * kPoints + point<COLUMNS>(j)) * t.position + c);
+    output_pixels<ROWS>(points, 1, pixels);
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) half[i][j] = pixels[i];
+  }
+  const int64_t n = t.channels - c;
+  const bool full = n >= kLanes;
+  const Vec bias = !t.bias ? zero() : WHOLE || full ? load(t.bias + c) : load_first(t.bias + c, n);
+  const Vec low = set1(t.low), high = set1(t.high);
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS; ++i) {
+    if (!WHOLE && i >= t.rows) break;
+    Vec pixels[COLUMNS];
+    output_pixels<COLUMNS>(half[i], 1, pixels);
+#pragma GCC unroll 4
+    for (int j = 0; j < COLUMNS; ++j) {
+      if (!WHOLE && j >= t.columns) break;
+      const int64_t at = i * t.row + j * t.pixel + c;
+      Vec sum = pixels[j] + bias;
+      if (!WHOLE && t.residual) sum = sum + (full ? load(t.residual + at) : load_first(t.residual + at, n));
+      sum = clamp(sum, low, high);
+      if (!WHOLE && !full)
+        store_first(t.y + at, sum, n);
+      else if (!WHOLE && t.streaming)
+        stream(t.y + at, sum);
+      else
+        store(t.y + at, sum);
+    }
+  }
+}
+
+template <int ROWS, int COLUMNS> void winograd_output_tile(const WinogradOutput& t) {
+  const bool whole = t.rows >= ROWS && t.columns >= COLUMNS && !t.residual && !t.streaming;
+  for (int64_t c = 0; c < t.channels; c += kLanes)
+    if (whole && t.channels - c >= kLanes)
+      output_vector<ROWS, COLUMNS, true>(t, c);
+    else
+      output_vector<ROWS, COLUMNS, false>(t, c);
+}
+
+void winograd_output(const WinogradOutput& t) {
+  if (t.tile.rows == 4)
+    t.tile.columns == 4 ? winograd_output_tile<4, 4>(t) : winograd_output_tile<4, 3>(t);
+  else
+    t.tile.columns == 4 ? winograd_output_tile<3, 4>(t) : winograd_output_tile<3, 3>(t);
+}
+
+void winograd_weights(const float* w, int64_t tap, int64_t floats, float* u, int64_t position) {
+  for (int64_t k = 0; k < floats; k += kLanes) {
+    Vec taps[9], half[kPoints][3];
+#pragma GCC unroll 9
+    for (int i = 0; i < 9; ++i) taps[i] = load(w + i * tap + k);
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) {
+      Vec points[kPoints];
+      weight_points(taps + j, 3, points);
+#pragma GCC unroll 6
+      for (int i = 0; i < kPoints; ++i) half[i][j] = points[i];
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < kPoints; ++i) {
+      Vec points[kPoints];
+      weight_points(half[i], 1, points);
+#pragma GCC unroll 6
+      for (int j = 0; j < kPoints; ++j) store(u + (i * kPoints + j) * position + k, points[j]);
+    }
+  }
+}
+
+void winograd_weight_gradient(const float* m, int64_t position, int64_t floats, float* dw, int64_t tap) {
+  for (int64_t k = 0; k < floats; k += kLanes) {
+    Vec half[3][kPoints];
+#pragma GCC unroll 6
+    for (int j = 0; j < kPoints; ++j) {
+      Vec points[kPoints], taps[3];
+#pragma GCC unroll 6
+      for (int i = 0; i < kPoints; ++i) points[i] = load(m + (i * kPoints + j) * position + k);
+      weight_gradients(points, 1, taps);
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) half[i][j] = taps[i];
+    }
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) {
+      Vec taps[3];
+      weight_gradients(half[i], 1, taps);
+#pragma GCC unroll 3
+      for (int j = 0; j < 3; ++j) store(dw + (i * 3 + j) * tap + k, taps[j]);
+    }
+  }
+}
+
+constexpr WinogradKernels winograd_kernels() {
+  return {winograd_input, winograd_gradient, winograd_output, winograd_weights, winograd_weight_gradient};
+}
+
+}  // namespace
+}  // namespace fastconv::cpu

@@ -1,0 +1,208 @@
+"""Winograd F(4x4, 3x3): sizes, channels, padding, data of any range, and what it may not touch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+import fastconv as fc
+from tests import reference
+from tests.cases import ConvCase, ConvTransposeCase
+from tests.conftest import forced
+from tests.memory import channels_last, guarded
+from tests.reference import assert_conv_close, assert_same_bits, conv_data
+
+NAMES = ["y", "dx", "dw"]
+
+
+def run(case: ConvCase, data: reference.ConvData) -> list[np.ndarray]:
+    """y, dx and dw by Winograd."""
+    x, dy = channels_last(data.x), channels_last(data.dy)
+    with forced("winograd"):
+        y = fc.conv2d(x, data.w, **case.arguments)
+        needs = (True, True, False)
+        dx, dw, _ = fc.conv2d_backward(dy, x, data.w, **case.arguments, needs=needs)
+    return [y, dx, dw]
+
+
+def check(case: ConvCase, data: reference.ConvData | None = None) -> None:
+    data = data or conv_data(case)
+    for name, got in zip(NAMES, run(case, data), strict=True):
+        limit = data.ref[name], data.abs_ref[name], case.products[name]
+        assert_conv_close(got, *limit, f"{case} {name}", winograd=True)
+
+
+def case3x3(name: str, n: int, c: int, h: int, w: int, k: int, padding=1, groups: int = 1):
+    return ConvCase(name, n, c, h, w, k, 3, 3, padding=padding, groups=groups)
+
+
+@pytest.mark.parametrize("size", range(5, 25))
+def test_sizes(size, isa):
+    """Every mixture of tiles of 4 and 3, with and without a last tile that reaches over."""
+    check(case3x3("rows", 2, 16, size, 9, 16))
+    check(case3x3("columns", 1, 17, 14, size, 18))
+
+
+@pytest.mark.parametrize("channels", [16, 17, 24, 31, 32, 33, 40, 48, 63, 65])
+def test_channels(channels, isa):
+    check(case3x3("c", 1, channels, 8, 7, 16))
+    check(case3x3("k", 1, 16, 8, 7, channels))
+    check(case3x3("both", 1, channels, 7, 10, channels))
+
+
+CASES = [
+    case3x3("padding_0", 2, 20, 9, 8, 20, 0),
+    case3x3("padding_2", 2, 20, 9, 8, 20, 2),
+    case3x3("padding_beyond_the_kernel", 1, 16, 6, 7, 16, 4),
+    case3x3("four_sides", 1, 18, 9, 8, 20, ((0, 2), (1, 3))),
+    case3x3("groups", 2, 96, 9, 8, 60, 1, 3),
+    case3x3("groups_padded", 1, 34, 7, 7, 70, 2, 2),
+    case3x3("many_images", 40, 16, 5, 6, 16),
+    case3x3("large", 3, 130, 7, 6, 140),
+    case3x3("large_groups", 2, 260, 8, 9, 280, 1, 2),
+    case3x3("one_panel", 2, 600, 6, 6, 32),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cases(case, isa):
+    check(case)
+
+
+@pytest.mark.parametrize(
+    "case", [case3x3("large", 2, 256, 65, 66, 72), case3x3("small", 1, 40, 130, 70, 40)], ids=str
+)
+def test_more_tiles_than_fit_at_once(case):
+    check(case)
+
+
+def ranges(x: np.ndarray, kind: str) -> np.ndarray:
+    generator = reference.generator(kind)
+    changes: dict[str, Callable[[], np.ndarray]] = {
+        "after_relu": lambda: np.maximum(x, 0),
+        "offset": lambda: x + 100,
+        "large_range": lambda: x * 10 ** generator.uniform(-3, 3, x.shape),
+        "tiny": lambda: x * 1e-30,
+        "huge": lambda: x * 1e30,
+        "zeros": lambda: x * 0,
+    }
+    return changes[kind]().astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["after_relu", "offset", "large_range", "tiny", "huge", "zeros"])
+def test_ranges_of_data(kind, isa):
+    """The limit holds for activations, for data far from zero, and over twelve decades."""
+    for case in (CASES[0], case3x3("wide", 1, 64, 14, 13, 32), CASES[7]):
+        plain = conv_data(case)
+        x = ranges(plain.x, kind)
+        dy = ranges(plain.dy, kind) if kind not in ("tiny", "huge") else plain.dy
+        ref = [reference.conv2d(x, plain.w, case), *reference.conv2d_backward(dy, x, plain.w, case)]
+        scale = [
+            reference.conv2d(abs(x), abs(plain.w), case),
+            *reference.conv2d_backward(abs(dy), abs(x), abs(plain.w), case),
+        ]
+        names = [*NAMES, "db"]
+        data = plain.__class__(
+            x,
+            plain.w,
+            plain.bias,
+            dy,
+            dict(zip(names, ref, strict=True)),
+            dict(zip(names, scale, strict=True)),
+        )
+        check(case, data)
+
+
+def test_bias_residual_activation(isa):
+    for case in (CASES[0], CASES[4], CASES[7]):
+        data = conv_data(case)
+        residual = reference.normal(case, "residual", shape=case.y_shape)
+        before = data.ref["y"] + residual + data.bias[:, None, None].astype(np.float64)
+        scale = data.abs_ref["y"] + abs(residual) + abs(data.bias)[:, None, None]
+        with forced("winograd"):
+            y = fc.conv2d(
+                channels_last(data.x), data.w, data.bias, **case.arguments,
+                activation="relu", residual=channels_last(residual),
+            )  # fmt: skip
+        limit = reference.conv_limit(scale, case.products["y"] + 2, winograd=True)
+        reference.assert_within(y, np.maximum(before, 0), limit, str(case))
+
+
+def test_transposed_convolution_uses_it_too(isa):
+    case = ConvTransposeCase("3x3", 2, 20, 9, 10, 24, 3, 3, padding=1)
+    data = conv_data(case)
+    with forced("winograd"):
+        y = fc.conv_transpose2d(channels_last(data.x), data.w, **case.arguments)
+    limit = data.ref["y"], data.abs_ref["y"], case.products["y"]
+    assert_conv_close(y, *limit, winograd=True)
+
+
+@pytest.mark.parametrize("case", [CASES[3], CASES[4], CASES[7], CASES[8]], ids=str)
+def test_threads_do_not_change_a_bit(case, isa):
+    data = conv_data(case)
+    one = run(case, data)
+    for threads in (2, 3, 7):
+        fc.set_num_threads(threads)
+        for name, got, expected in zip(NAMES, run(case, data), one, strict=True):
+            assert_same_bits(got, expected, f"{case} {name} {threads} threads")
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[5], CASES[7]], ids=str)
+@pytest.mark.parametrize("end", ["start", "end"])
+def test_no_access_outside_the_arrays(case, end, isa):
+    data = conv_data(case)
+    x, dy = (guarded(channels_last(a), end) for a in (data.x, data.dy))
+    w = guarded(data.w, end)
+    with forced("winograd"):
+        fc.conv2d(x, w, **case.arguments)
+        fc.conv2d_backward(dy, x, w, **case.arguments)
+
+
+def test_nan_stays_within_its_tile(isa):
+    """A NaN reaches every output whose window it lies in, and none beyond the tiles that read it:
+    tiles of 4 overlap by 2, so three pixels further at most."""
+    case = case3x3("nan", 1, 16, 24, 24, 16)
+    data = conv_data(case)
+    x = data.x.copy()
+    x[0, 3, 10, 13] = np.nan
+    with forced("winograd"):
+        y = fc.conv2d(channels_last(x), data.w, padding=1)
+    assert np.isnan(y[0, :, 9:12, 12:15]).all()
+    touched = np.isnan(y).any((0, 1))
+    touched[6:15, 9:18] = False
+    assert not touched.any()
+
+
+def test_strict_precision_refuses_it():
+    case = CASES[0]
+    data = conv_data(case)
+    shapes = case.x_shape, case.w_shape
+    assert fc.get_precision() == "default"
+    assert fc.explain("conv2d", *shapes, **case.arguments)[-1] == ("winograd", None)
+    fc.set_precision("strict")
+    assert fc.get_precision() == "strict"
+    rows = dict(fc.explain("conv2d", *shapes, **case.arguments))
+    assert rows["winograd"] == "strict precision" and rows["direct"] is None
+    y = fc.conv2d(data.x, data.w, **case.arguments)
+    assert_conv_close(y, data.ref["y"], data.abs_ref["y"], case.products["y"])
+    with pytest.raises(ValueError, match="strict precision"):
+        run(case, data)
+    for wrong in ("exact", "", None, 1):
+        with pytest.raises(ValueError, match="precision must be"):
+            fc.set_precision(wrong)  # type: ignore[arg-type]
+
+
+def test_declines_with_a_reason():
+    def reason(c: int, h: int, k: int, r: int = 3, **arguments: object) -> str | None:
+        shapes = (1, c, h, h), (k, c, r, r)
+        return dict(fc.explain("conv2d", *shapes, **arguments))["winograd"]
+
+    assert reason(16, 8, 16, padding=1) is None
+    assert "3x3" in reason(16, 8, 16, 5)
+    assert "stride" in reason(16, 8, 16, stride=2)
+    assert "dilated" in reason(16, 8, 16, dilation=2)
+    assert "channels" in reason(15, 8, 16, padding=1)
+    assert "channels" in reason(16, 8, 15, padding=1)
+    assert "small" in reason(16, 2, 16, padding=1)
