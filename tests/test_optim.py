@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastconv import optim
+from fastconv import models, optim
 from fastconv.nn import Parameter, channels_last
 from fastconv.tensor import Array
 
@@ -107,6 +107,31 @@ def test_parameter_groups(name: str) -> None:
         reference.step()
     assert_equal(ours, theirs)
     assert mine.param_groups[0]["lr"] == 0.5 and mine.param_groups[1]["lr"] == settings["lr"]
+
+
+def test_groups_that_spare_biases_and_norms() -> None:
+    """Weight decay for what has two dimensions or more; frozen parameters are left out."""
+    model = models.create("resnet8_cifar")
+    model.conv1.requires_grad_(False)
+    named = dict(model.named_parameters())
+    groups = optim.parameter_groups(
+        named.items(), 0.1, 0.01, lr_scale=lambda name: 1.0 if name.startswith("fc.") else 0.1
+    )
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [
+        (pytest.approx(0.01), 0.0), (pytest.approx(0.01), 0.01), (0.1, 0.01), (0.1, 0.0),
+    ]  # fmt: skip
+    norms, weights, *head = [{id(p) for p in group["params"]} for group in groups]
+    assert head == [{id(named["fc.weight"])}, {id(named["fc.bias"])}]
+    assert id(named["layer2.0.bn1.weight"]) in norms
+    assert id(named["layer2.0.downsample.0.weight"]) in weights
+    grouped = [p for group in groups for p in group["params"]]
+    assert {id(p) for p in grouped} == {id(p) for p in named.values()} - {id(model.conv1.weight)}
+    optim.SGD(groups)  # takes them
+
+    everything = optim.parameter_groups(named.items(), 0.1, 0.01, decay_all=True)
+    assert len(everything) == 1 and everything[0]["weight_decay"] == 0.01
+    with pytest.raises(ValueError, match=r"lr_scale of bn1\.weight must not be negative, got -1"):
+        optim.parameter_groups(named.items(), 0.1, 0.01, lr_scale=lambda name: -1.0)
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)

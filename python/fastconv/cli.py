@@ -123,10 +123,12 @@ def _add_train(commands: Any) -> None:
         ("prefetch", int, "batches prepared ahead (2)"),
     ):
         parser.add_argument(f"--{name}", type=kind, metavar=_metavar(kind), help=meaning, **absent)
-    flip = argparse.BooleanOptionalAction
-    parser.add_argument(
-        "--flip", action=flip, help="mirror images at random (not for digits)", **absent
-    )
+    for name, meaning in (
+        ("flip", "mirror images at random (not for digits)"),
+        ("decay-all", "weight decay for biases and norms, too (no)"),
+    ):
+        action = argparse.BooleanOptionalAction
+        parser.add_argument(f"--{name}", action=action, help=meaning, **absent)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--out", metavar="DIR", help="folder of the run (a new one in runs/)")
     where.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")

@@ -132,6 +132,38 @@ class Optimizer:
         return "\n".join([f"{type(self).__name__} (", *lines, ")"])
 
 
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, Tensor]],
+    lr: float,
+    weight_decay: float,
+    *,
+    lr_scale: Callable[[str], float] | None = None,
+    decay_all: bool = False,
+) -> list[Group]:
+    """Parameter groups in which biases and norms are spared from weight decay.
+
+    named_parameters  as of `Module.named_parameters()`; those that need no gradient are left out
+    lr_scale          factor on `lr` by the name of the parameter ("layer1.0.conv1.weight"): small
+                      ones for a pretrained backbone, Howard and Ruder 2018, section 3.2
+    decay_all         decay the others, too
+
+    Every parameter with fewer than two dimensions is taken for a bias or a scale: shrinking it does
+    not make a network simpler (He et al. 2019, "Bag of tricks", section 3.1). There is a group for
+    each pair of learning rate and decay, in the order of their first parameters.
+    Raises ValueError for a negative factor.
+    """
+    groups: dict[tuple[float, float], Group] = {}
+    for name, param in named_parameters:
+        if not param.requires_grad:
+            continue
+        scale = 1.0 if lr_scale is None else lr_scale(name)
+        _not_negative(**{f"lr_scale of {name}": scale})
+        decay = weight_decay if decay_all or param.ndim > 1 else 0.0
+        new = {"params": [], "lr": lr * scale, "weight_decay": decay}
+        groups.setdefault((scale, decay), new)["params"].append(param)
+    return list(groups.values())
+
+
 def _copied_state(saved: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
     """A copy of the state of one parameter, arrays in the parameter's memory order."""
     state: dict[str, Any] = {}

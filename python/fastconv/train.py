@@ -81,6 +81,7 @@ class TrainConfig:
     lr: float | None = None
     momentum: float = 0.9  # of SGD
     weight_decay: float | None = None
+    decay_all: bool = False  # biases and norms, too
     schedule: str = "cosine"  # with a linear warm-up over the first warmup_steps
     warmup_steps: int = 50
     label_smoothing: float = 0.0
@@ -346,12 +347,13 @@ class _Run:
     def _train_epoch(self, interrupted: threading.Event) -> None:
         """The batches of this epoch that are left, from self.at.batch on."""
         at, config = self.at, self.config
+        assert config.lr is not None  # resolved
         self.progress.epoch_started(at.epoch, len(self.train_loader), at.batch)
         self.model.train()
         mark = time.perf_counter()
         with closing(self.train_loader.batches(at.epoch, start=at.batch)) as batches:
             for x, y in batches:
-                lr = self.optimizer.param_groups[0]["lr"]
+                lr = self.schedule.rate(config.lr, self.schedule.last_epoch)
                 loss, correct = self._train_step(x, y, lr)
                 at.add_batch(loss, correct, len(y))
                 now = time.perf_counter()
@@ -536,16 +538,12 @@ def _create_model(info: dict[str, Any]) -> nn.Module:
 
 def _create_optimizer(config: TrainConfig, model: nn.Module) -> optim.Optimizer:
     assert config.lr is not None and config.weight_decay is not None  # resolved
+    groups = optim.parameter_groups(
+        model.named_parameters(), config.lr, config.weight_decay, decay_all=config.decay_all
+    )
     if config.optimizer == "sgd":
-        nesterov = config.momentum > 0
-        return optim.SGD(
-            model.parameters(),
-            config.lr,
-            config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=nesterov,
-        )
-    return optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
+        return optim.SGD(groups, config.lr, config.momentum, nesterov=config.momentum > 0)
+    return optim.AdamW(groups, config.lr)
 
 
 def _create_schedule(
