@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import fastconv
-from fastconv import checkpoint, data, models, nn, optim, train
+from fastconv import checkpoint, data, models, nn, optim, recipe, train
 from fastconv.progress import BarProgress, PlainProgress, Progress, choose_progress, plot_curves
 from fastconv.train import TrainConfig, TrainingError
 
@@ -114,7 +114,7 @@ def test_schedule(schedule: str) -> None:
     """A warm-up of 4 steps to 1/5, 2/5, ... of the rate, then 16 steps."""
     optimizer = optim.SGD([nn.Parameter(np.zeros(1, np.float32))], lr=2.0)
     config = TrainConfig(schedule=schedule, warmup_steps=4)
-    steps = train._create_schedule(config, optimizer, 20)
+    steps = recipe.create_schedule(config, optimizer, 20)
     rates = []
     for _ in range(20):
         rates.append(optimizer.param_groups[0]["lr"])

@@ -13,9 +13,7 @@ epoch, image).
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 import signal
 import threading
 import time
@@ -23,19 +21,23 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from os import PathLike
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 import fastconv
-from fastconv import checkpoint, data, models, nn, optim
-from fastconv import functional as F
-from fastconv.data import DataLoader
+from fastconv import checkpoint, nn
+from fastconv.config import TrainConfig, load_config
+from fastconv.evaluation import Evaluation, evaluate
 from fastconv.progress import Progress, plot_curves
-from fastconv.tensor import Tensor, no_grad
+from fastconv.recipe import (
+    create_model,
+    create_optimizer,
+    create_schedule,
+    load_model,
+    prepare_data,
+)
+from fastconv.run_folder import RunFolder
+from fastconv.step import TrainingError, train_step
 
 __all__ = [
     "Evaluation",
@@ -50,92 +52,7 @@ __all__ = [
     "train_step",
 ]
 
-OPTIMIZERS = ("adamw", "sgd")
-SCHEDULES = ("cosine", "constant")
-EVALUATION_BATCH = 250
-
 _CHANGEABLE = ("threads", "prefetch", "data_dir", "checkpoint_every")
-
-# What the configuration leaves open, by optimiser and by data set.
-_LR = {"adamw": 2e-3, "sgd": 0.05}
-_WEIGHT_DECAY = {"adamw": 1e-2, "sgd": 5e-4}
-_CROP_PADDING = {"mnist5k": 1, "mnist": 1}
-_FLIP = {"mnist5k": False, "mnist": False}  # a mirrored digit is another digit or none
-
-
-class TrainingError(RuntimeError):
-    """The training itself went wrong, for example its loss is no longer a number."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What determines a run. None is the default of the optimiser or of the data set."""
-
-    model: str = "smallcnn"
-    data: str = "mnist5k"
-    data_dir: str | None = None
-    image_size: int = 32  # height and width that the data set "folder" is scaled to
-    epochs: int = 12
-    batch_size: int = 64
-    optimizer: str = "adamw"
-    lr: float | None = None
-    momentum: float = 0.9  # of SGD
-    weight_decay: float | None = None
-    decay_all: bool = False  # biases and norms, too
-    schedule: str = "cosine"  # with a linear warm-up over the first warmup_steps
-    warmup_steps: int = 50
-    label_smoothing: float = 0.0
-    crop_padding: int | None = None
-    flip: bool | None = None
-    seed: int = 0
-    threads: int | None = None  # no influence on the bits
-    log_every: int = 10  # steps between two lines of metrics.jsonl
-    checkpoint_every: int = 50  # steps between two checkpoints
-    prefetch: int = 2
-
-    def resolved(self) -> TrainConfig:
-        """With every open value filled in. Raises ValueError for a value out of its range."""
-        for name, allowed in (
-            ("model", tuple(models.available())),
-            ("data", data.NAMES),
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"unknown {name} {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
-                )
-
-        def default(value: Any, otherwise: Any) -> Any:
-            return otherwise if value is None else value
-
-        config = dataclasses.replace(
-            self,
-            lr=default(self.lr, _LR[self.optimizer]),
-            weight_decay=default(self.weight_decay, _WEIGHT_DECAY[self.optimizer]),
-            crop_padding=default(self.crop_padding, _CROP_PADDING.get(self.data, 4)),
-            flip=default(self.flip, _FLIP.get(self.data, True)),
-        )
-        for names, low, high in (
-            ("epochs batch_size image_size log_every checkpoint_every threads", 1, math.inf),
-            ("lr weight_decay warmup_steps crop_padding prefetch", 0, math.inf),
-            ("momentum label_smoothing", 0, 1),
-            ("seed", 0, 2**64),
-        ):
-            for name in names.split():
-                value = getattr(config, name)
-                if value is not None and not low <= value < high:  # NaN lies nowhere
-                    raise ValueError(f"{name} must be at least {low} and below {high}, got {value}")
-        return config
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean loss and share of right answers over `images` images."""
-
-    loss: float
-    accuracy: float
-    images: int
 
 
 @dataclass(frozen=True)
@@ -207,7 +124,7 @@ def train(
     finite, and KeyboardInterrupt after an interrupt, once the checkpoint is written.
     """
     config = config.resolved()
-    folder = None if out is None else _RunFolder(out)
+    folder = None if out is None else RunFolder(out)
     if folder is not None:
         checkpoint.check_available()
         folder.check_free(overwrite)
@@ -229,87 +146,25 @@ def resume(out: str | PathLike[str], *, progress: Progress | None = None, **chan
         if name not in _CHANGEABLE and value != kept:
             raise ValueError(f"a resumed run keeps its {name}: {out} has {kept}, asked for {value}")
     config = dataclasses.replace(config, **changes).resolved()
-    run = _Run(config, _RunFolder(out), progress or Progress())
+    run = _Run(config, RunFolder(out), progress or Progress())
     run.restore()
     return run.run()
-
-
-def load_config(out: str | PathLike[str]) -> TrainConfig:
-    """The configuration of the run in a folder. Raises FileNotFoundError or ValueError."""
-    path = Path(out) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{out}: no run to resume here (no config.json)")
-    try:
-        return TrainConfig(**json.loads(path.read_text())).resolved()
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a configuration of fastconv ({error})") from error
-
-
-def load_model(path: str | PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of a checkpoint that `train` wrote, last or best, and the information on it."""
-    weights, info = checkpoint.load_weights(path)
-    if "model" not in info:
-        raise ValueError(f"{path}: does not say which model its weights belong to")
-    model = _create_model(info)
-    model.load_state_dict(weights)
-    return model, info
-
-
-def evaluate(model: nn.Module, loader: DataLoader) -> Evaluation:
-    """Loss and accuracy over the loader's epoch 0, in evaluation mode; the modes are put back.
-
-    Raises ValueError for a loader without batches.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    loss_sum, correct, images = 0.0, 0, 0
-    try:
-        with no_grad():
-            for x, y in loader:
-                logits = model(Tensor(x))
-                loss_sum += F.cross_entropy(logits, y).item() * len(y)
-                correct += _count_correct(logits, y)
-                images += len(y)
-    finally:
-        for module, training in modes:
-            module.training = training
-    if not images:
-        raise ValueError("no images to evaluate on")
-    return Evaluation(loss_sum / images, correct / images, images)
-
-
-def train_step(
-    model: nn.Module, optimizer: Any, x: Any, y: Any, label_smoothing: float = 0.0
-) -> tuple[float, int]:
-    """A step on images x [N, C, H, W], labels y [N]: (mean loss, how many right) before it.
-
-    Raises TrainingError, and leaves the weights alone, when the loss is not finite.
-    """
-    optimizer.zero_grad()
-    logits = model(Tensor(x))
-    loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
-    value = loss.item()
-    if not math.isfinite(value):
-        raise TrainingError(f"the loss is {value}: try a smaller learning rate")
-    loss.backward()
-    optimizer.step()
-    return value, _count_correct(logits, y)
 
 
 class _Run:
     """Everything that is alive during a run, and its loop."""
 
-    def __init__(self, config: TrainConfig, folder: _RunFolder | None, progress: Progress) -> None:
+    def __init__(self, config: TrainConfig, folder: RunFolder | None, progress: Progress) -> None:
         if config.threads is not None:
             fastconv.set_num_threads(config.threads)
         self.config = config
         self.folder = folder
         self.progress = progress
-        self.train_loader, self.test_loader, self.info = _prepare_data(config)
+        self.train_loader, self.test_loader, self.info = prepare_data(config)
         fastconv.manual_seed(config.seed)
-        self.model = _create_model(self.info)
-        self.optimizer = _create_optimizer(config, self.model)
-        self.schedule = _create_schedule(
+        self.model = create_model(self.info)
+        self.optimizer = create_optimizer(config, self.model)
+        self.schedule = create_schedule(
             config, self.optimizer, config.epochs * len(self.train_loader)
         )
         self.at = _Position()
@@ -441,129 +296,6 @@ class _Run:
     def _speed(self) -> float | None:
         """Training images per second of this process, without the time of evaluations."""
         return self.trained_images / self.trained_seconds if self.trained_images else None
-
-
-class _RunFolder:
-    """The files of a run."""
-
-    def __init__(self, path: str | PathLike[str]) -> None:
-        self.path = Path(path)
-        self.config = self.path / "config.json"
-        self.metrics = self.path / "metrics.jsonl"
-        self.last = self.path / "last.safetensors"
-        self.best = self.path / "best.safetensors"
-        self.curves = self.path / "curves.png"
-
-    def _files(self) -> list[Path]:
-        files = (self.config, self.metrics, self.last, self.best, self.curves)
-        return [file for file in files if file.exists()]
-
-    def check_free(self, overwrite: bool) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise FileExistsError(f"{self.path}: is a file, not a folder for a run")
-        if self._files() and not overwrite:
-            raise FileExistsError(f"{self.path}: holds a run already; resume it or overwrite it")
-
-    def create(self, config: TrainConfig) -> None:
-        """Makes the folder, removes the overwritten run, and writes the configuration."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        for file in self._files():
-            file.unlink()
-        checkpoint.atomic_write(self.config, (json.dumps(asdict(config), indent=2) + "\n").encode())
-
-    def cut_metrics(self, lines: int) -> None:
-        """Keeps this many lines; a resumed run writes those after its checkpoint again."""
-        kept = self.metrics.read_bytes().splitlines(True)[:lines] if self.metrics.exists() else []
-        checkpoint.atomic_write(self.metrics, b"".join(kept))
-
-    def write_metrics(self, record: dict[str, Any]) -> None:
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def sync_metrics(self) -> None:
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            os.fsync(file.fileno())
-
-
-def _prepare_data(config: TrainConfig) -> tuple[DataLoader, DataLoader, dict[str, Any]]:
-    """The loaders of both splits, and what a checkpoint says about model and data."""
-    train_set, test_set = (
-        data.load(config.data, split, config.data_dir, config.image_size)
-        for split in ("train", "test")
-    )
-    for split, dataset in (("train", train_set), ("test", test_set)):
-        if not len(dataset):
-            raise ValueError(f"data set {config.data!r} has no images to {split}")
-    height, width, channels = train_set.image_shape
-    if height != width:
-        raise ValueError(f"images must be square, got {height} x {width}")
-    if (test_set.image_shape, test_set.classes) != (train_set.image_shape, train_set.classes):
-        raise ValueError(
-            f"the test images {test_set.image_shape} or classes {test_set.classes} differ from "
-            f"those to train, {train_set.image_shape} and {train_set.classes}"
-        )
-    mean, std = data.channel_statistics(train_set)
-    train_loader = DataLoader(
-        train_set,
-        config.batch_size,
-        shuffle=True,
-        seed=config.seed,
-        crop_padding=config.crop_padding or 0,
-        flip=bool(config.flip),
-        mean=mean,
-        std=std,
-        prefetch=config.prefetch,
-    )
-    test_loader = DataLoader(test_set, EVALUATION_BATCH, mean=mean, std=std)
-    info = {
-        "model": config.model,
-        "data": config.data,
-        "in_channels": channels,
-        "image_size": height,
-        "classes": list(train_set.classes),
-        "mean": list(mean),
-        "std": list(std),
-    }
-    return train_loader, test_loader, info
-
-
-def _create_model(info: dict[str, Any]) -> nn.Module:
-    return models.create(
-        info["model"],
-        in_channels=info["in_channels"],
-        image_size=info["image_size"],
-        num_classes=len(info["classes"]),
-    )
-
-
-def _create_optimizer(config: TrainConfig, model: nn.Module) -> optim.Optimizer:
-    assert config.lr is not None and config.weight_decay is not None  # resolved
-    groups = optim.parameter_groups(
-        model.named_parameters(), config.lr, config.weight_decay, decay_all=config.decay_all
-    )
-    if config.optimizer == "sgd":
-        return optim.SGD(groups, config.lr, config.momentum, nesterov=config.momentum > 0)
-    return optim.AdamW(groups, config.lr)
-
-
-def _create_schedule(
-    config: TrainConfig, optimizer: optim.Optimizer, steps: int
-) -> optim.LRScheduler:
-    """A linear warm-up, then half a cosine down to zero or a constant rate, batch by batch."""
-    warmup = min(config.warmup_steps, steps // 2)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        if config.schedule == "constant":
-            return 1.0
-        return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-
-    return optim.LambdaLR(optimizer, factor)
-
-
-def _count_correct(logits: Tensor, y: NDArray[np.int64]) -> int:
-    return int((logits.data.argmax(axis=1) == y).sum())
 
 
 @contextmanager

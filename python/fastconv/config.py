@@ -1,0 +1,96 @@
+"""The configuration of a training run: what can be chosen, the defaults, the ranges."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from fastconv import data, models
+
+__all__ = ["TrainConfig", "load_config"]
+
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("cosine", "constant")
+# What the configuration leaves open, by optimiser and by data set.
+_LR = {"adamw": 2e-3, "sgd": 0.05}
+_WEIGHT_DECAY = {"adamw": 1e-2, "sgd": 5e-4}
+_CROP_PADDING = {"mnist5k": 1, "mnist": 1}
+_FLIP = {"mnist5k": False, "mnist": False}  # a mirrored digit is another digit or none
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What determines a run. None is the default of the optimiser or of the data set."""
+
+    model: str = "smallcnn"
+    data: str = "mnist5k"
+    data_dir: str | None = None
+    image_size: int = 32  # height and width that the data set "folder" is scaled to
+    epochs: int = 12
+    batch_size: int = 64
+    optimizer: str = "adamw"
+    lr: float | None = None
+    momentum: float = 0.9  # of SGD
+    weight_decay: float | None = None
+    decay_all: bool = False  # biases and norms, too
+    schedule: str = "cosine"  # with a linear warm-up over the first warmup_steps
+    warmup_steps: int = 50
+    label_smoothing: float = 0.0
+    crop_padding: int | None = None
+    flip: bool | None = None
+    seed: int = 0
+    threads: int | None = None  # no influence on the bits
+    log_every: int = 10  # steps between two lines of metrics.jsonl
+    checkpoint_every: int = 50  # steps between two checkpoints
+    prefetch: int = 2
+
+    def resolved(self) -> TrainConfig:
+        """With every open value filled in. Raises ValueError for a value out of its range."""
+        for name, allowed in (
+            ("model", tuple(models.available())),
+            ("data", data.NAMES),
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"unknown {name} {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
+                )
+
+        def default(value: Any, otherwise: Any) -> Any:
+            return otherwise if value is None else value
+
+        config = dataclasses.replace(
+            self,
+            lr=default(self.lr, _LR[self.optimizer]),
+            weight_decay=default(self.weight_decay, _WEIGHT_DECAY[self.optimizer]),
+            crop_padding=default(self.crop_padding, _CROP_PADDING.get(self.data, 4)),
+            flip=default(self.flip, _FLIP.get(self.data, True)),
+        )
+        for names, low, high in (
+            ("epochs batch_size image_size log_every checkpoint_every threads", 1, math.inf),
+            ("lr weight_decay warmup_steps crop_padding prefetch", 0, math.inf),
+            ("momentum label_smoothing", 0, 1),
+            ("seed", 0, 2**64),
+        ):
+            for name in names.split():
+                value = getattr(config, name)
+                if value is not None and not low <= value < high:  # NaN lies nowhere
+                    raise ValueError(f"{name} must be at least {low} and below {high}, got {value}")
+        return config
+
+
+def load_config(out: str | PathLike[str]) -> TrainConfig:
+    """The configuration of the run in a folder. Raises FileNotFoundError or ValueError."""
+    path = Path(out) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{out}: no run to resume here (no config.json)")
+    try:
+        return TrainConfig(**json.loads(path.read_text())).resolved()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a configuration of fastconv ({error})") from error

@@ -1,0 +1,100 @@
+"""From a configuration to what a run is made of: loaders, model, optimiser, schedule."""
+
+from __future__ import annotations
+
+import math
+from os import PathLike
+from typing import Any
+
+from fastconv import checkpoint, data, models, nn, optim
+from fastconv.config import TrainConfig
+from fastconv.data import DataLoader
+
+EVALUATION_BATCH = 250
+
+
+def prepare_data(config: TrainConfig) -> tuple[DataLoader, DataLoader, dict[str, Any]]:
+    """The loaders of both splits, and what a checkpoint says about model and data."""
+    train_set, test_set = (
+        data.load(config.data, split, config.data_dir, config.image_size)
+        for split in ("train", "test")
+    )
+    for split, dataset in (("train", train_set), ("test", test_set)):
+        if not len(dataset):
+            raise ValueError(f"data set {config.data!r} has no images to {split}")
+    height, width, channels = train_set.image_shape
+    if height != width:
+        raise ValueError(f"images must be square, got {height} x {width}")
+    if (test_set.image_shape, test_set.classes) != (train_set.image_shape, train_set.classes):
+        raise ValueError(
+            f"the test images {test_set.image_shape} or classes {test_set.classes} differ from "
+            f"those to train, {train_set.image_shape} and {train_set.classes}"
+        )
+    mean, std = data.channel_statistics(train_set)
+    train_loader = DataLoader(
+        train_set,
+        config.batch_size,
+        shuffle=True,
+        seed=config.seed,
+        crop_padding=config.crop_padding or 0,
+        flip=bool(config.flip),
+        mean=mean,
+        std=std,
+        prefetch=config.prefetch,
+    )
+    test_loader = DataLoader(test_set, EVALUATION_BATCH, mean=mean, std=std)
+    info = {
+        "model": config.model,
+        "data": config.data,
+        "in_channels": channels,
+        "image_size": height,
+        "classes": list(train_set.classes),
+        "mean": list(mean),
+        "std": list(std),
+    }
+    return train_loader, test_loader, info
+
+
+def create_model(info: dict[str, Any]) -> nn.Module:
+    return models.create(
+        info["model"],
+        in_channels=info["in_channels"],
+        image_size=info["image_size"],
+        num_classes=len(info["classes"]),
+    )
+
+
+def create_optimizer(config: TrainConfig, model: nn.Module) -> optim.Optimizer:
+    assert config.lr is not None and config.weight_decay is not None  # resolved
+    groups = optim.parameter_groups(
+        model.named_parameters(), config.lr, config.weight_decay, decay_all=config.decay_all
+    )
+    if config.optimizer == "sgd":
+        return optim.SGD(groups, config.lr, config.momentum, nesterov=config.momentum > 0)
+    return optim.AdamW(groups, config.lr)
+
+
+def create_schedule(
+    config: TrainConfig, optimizer: optim.Optimizer, steps: int
+) -> optim.LRScheduler:
+    """A linear warm-up, then half a cosine down to zero or a constant rate, batch by batch."""
+    warmup = min(config.warmup_steps, steps // 2)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if config.schedule == "constant":
+            return 1.0
+        return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+    return optim.LambdaLR(optimizer, factor)
+
+
+def load_model(path: str | PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a checkpoint that `train` wrote, last or best, and the information on it."""
+    weights, info = checkpoint.load_weights(path)
+    if "model" not in info:
+        raise ValueError(f"{path}: does not say which model its weights belong to")
+    model = create_model(info)
+    model.load_state_dict(weights)
+    return model, info
