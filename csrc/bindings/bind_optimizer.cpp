@@ -56,21 +56,43 @@ class Parameters {
 };
 
 void sgd_step(const Arrays& values, const MaybeArrays& gradients, const std::optional<Arrays>& momenta, double lr,
-              double momentum, double dampening, const std::vector<double>& weight_decay, bool nesterov, bool first) {
+              double momentum, double dampening, const std::vector<double>& weight_decay, bool nesterov, bool first,
+              double gradient_scale) {
   std::vector<const Arrays*> states;
   if (momenta) states.push_back(&*momenta);
   const Parameters parameters(values, gradients, states, weight_decay);
   py::gil_scoped_release nogil;
-  cpu::sgd_step(parameters.list(), {lr, momentum, dampening, nesterov, first});
+  cpu::sgd_step(parameters.list(), {lr, momentum, dampening, gradient_scale, nesterov, first});
 }
 
 void adamw_step(const Arrays& values, const MaybeArrays& gradients, const Arrays& mean, const Arrays& square,
                 int64_t step, double lr, double beta1, double beta2, double eps,
-                const std::vector<double>& weight_decay) {
+                const std::vector<double>& weight_decay, double gradient_scale) {
   FC_CHECK(step >= 1, "step must be at least 1, got ", step);
   const Parameters parameters(values, gradients, {&mean, &square}, weight_decay);
   py::gil_scoped_release nogil;
-  cpu::adamw_step(parameters.list(), {step, lr, beta1, beta2, eps});
+  cpu::adamw_step(parameters.list(), {step, lr, beta1, beta2, eps, gradient_scale});
+}
+
+double gradient_norm(const Arrays& gradients) {
+  std::vector<std::unique_ptr<Dense>> dense;
+  std::vector<cpu::Parameter> parameters;
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    const std::string name = concat("gradient ", i);
+    const TensorView gradient = view(gradients[i], name.c_str());
+    check_float(name.c_str(), gradient.dtype);
+    dense.push_back(std::make_unique<Dense>(gradient, dense_strides(gradient)));
+    parameters.push_back({gradient.dtype, gradient.numel(), nullptr, dense.back()->data(), {}, 0});
+  }
+  py::gil_scoped_release nogil;
+  return cpu::gradient_norm(parameters);
+}
+
+void move_towards(const Arrays& averages, const Arrays& values, double share) {
+  const MaybeArrays targets(values.begin(), values.end());
+  const Parameters parameters(averages, targets, {}, std::vector<double>(averages.size()));
+  py::gil_scoped_release nogil;
+  cpu::move_towards(parameters.list(), share);
 }
 
 }  // namespace
@@ -78,9 +100,11 @@ void adamw_step(const Arrays& values, const MaybeArrays& gradients, const Arrays
 void bind_optimizer(py::module_& m) {
   using namespace py::literals;
   m.def("sgd_step", &sgd_step, "params"_a, "grads"_a, "momenta"_a, "lr"_a, "momentum"_a, "dampening"_a,
-        "weight_decay"_a, "nesterov"_a, "first"_a);
+        "weight_decay"_a, "nesterov"_a, "first"_a, "gradient_scale"_a);
   m.def("adamw_step", &adamw_step, "params"_a, "grads"_a, "exp_avg"_a, "exp_avg_sq"_a, "step"_a, "lr"_a, "beta1"_a,
-        "beta2"_a, "eps"_a, "weight_decay"_a);
+        "beta2"_a, "eps"_a, "weight_decay"_a, "gradient_scale"_a);
+  m.def("gradient_norm", &gradient_norm, "grads"_a);
+  m.def("move_towards", &move_towards, "averages"_a, "values"_a, "share"_a);
 }
 
 }  // namespace fastconv::bindings

@@ -18,7 +18,7 @@ struct Parameter {
 };
 
 struct SgdOptions {
-  double lr, momentum, dampening;
+  double lr, momentum, dampening, gradient_scale;
   bool nesterov, first;
 };
 // PyTorch's SGD; state[0] is the momentum buffer, null without momentum.
@@ -26,9 +26,15 @@ void sgd_step(const std::vector<Parameter>&, const SgdOptions&);
 
 struct AdamWOptions {
   int64_t step;  // from 1
-  double lr, beta1, beta2, eps;
+  double lr, beta1, beta2, eps, gradient_scale;
 };
 // AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2); state: first and second moment.
 void adamw_step(const std::vector<Parameter>&, const AdamWOptions&);
+
+// L2 norm of all gradients taken as one vector, in double.
+double gradient_norm(const std::vector<Parameter>&);
+
+// value += share (gradient - value), where "gradient" is any other array: a step of an exponential moving average.
+void move_towards(const std::vector<Parameter>&, double share);
 
 }  // namespace fastconv::cpu

@@ -207,6 +207,7 @@ def sgd_step(
     weight_decay: Sequence[float],
     nesterov: bool,
     first: bool,
+    gradient_scale: float,
 ) -> None: ...
 def adamw_step(
     params: Sequence[np.ndarray],
@@ -219,4 +220,9 @@ def adamw_step(
     beta2: float,
     eps: float,
     weight_decay: Sequence[float],
+    gradient_scale: float,
+) -> None: ...
+def gradient_norm(grads: Sequence[np.ndarray]) -> float: ...
+def move_towards(
+    averages: Sequence[np.ndarray], values: Sequence[np.ndarray], share: float
 ) -> None: ...

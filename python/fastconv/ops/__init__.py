@@ -42,7 +42,7 @@ from .loss import (
     softmax_backward,
 )
 from .norm import batch_norm, batch_norm_backward, batch_norm_train
-from .optimizer import adamw_step, sgd_step
+from .optimizer import adamw_step, gradient_norm, move_towards, sgd_step
 from .pool import (
     adaptive_avg_pool2d,
     adaptive_avg_pool2d_backward,
@@ -80,6 +80,7 @@ __all__ = [
     "gelu_backward",
     "global_avg_pool2d",
     "global_avg_pool2d_backward",
+    "gradient_norm",
     "hardsigmoid",
     "hardsigmoid_backward",
     "hardswish",
@@ -92,6 +93,7 @@ __all__ = [
     "log_softmax_backward",
     "max_pool2d",
     "max_pool2d_backward",
+    "move_towards",
     "relu",
     "relu6",
     "relu6_backward",

@@ -42,16 +42,18 @@ def sgd_step(
     weight_decay: float | Sequence[float],
     nesterov: bool,
     first: bool,
+    gradient_scale: float = 1.0,
 ) -> None:
     """Stochastic gradient descent as torch.optim.SGD.
 
-    d = g + weight_decay p; m = momentum m + (1 - dampening) d;
+    d = gradient_scale g + weight_decay p; m = momentum m + (1 - dampening) d;
     p -= lr m, or lr (d + momentum m) with nesterov.
 
     Args:
         momenta: the buffers m, or None for p -= lr d.
         weight_decay: one number, or one a parameter.
         first: this is the first step of these parameters, which sets m = d.
+        gradient_scale: the factor of a clipped or summed gradient.
     """
     _C.sgd_step(
         _all_writable(params, "parameter"),
@@ -63,6 +65,7 @@ def sgd_step(
         _per_parameter(weight_decay, len(params)),
         bool(nesterov),
         bool(first),
+        float(gradient_scale),
     )
 
 
@@ -78,10 +81,12 @@ def adamw_step(
     beta2: float,
     eps: float,
     weight_decay: float | Sequence[float],
+    gradient_scale: float = 1.0,
 ) -> None:
     """AdamW as torch.optim.AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2).
 
-    p *= 1 - lr weight_decay; m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
+    g *= gradient_scale; p *= 1 - lr weight_decay;
+    m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
     p -= lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps).
 
     Args:
@@ -99,4 +104,23 @@ def adamw_step(
         float(beta2),
         float(eps),
         _per_parameter(weight_decay, len(params)),
+        float(gradient_scale),
     )
+
+
+def gradient_norm(grads: Sequence[Array | None]) -> float:
+    """L2 norm of all gradients taken as one vector, summed in float64; those that are None are 0.
+
+    float32 or float64 arrays with any strides. The same bits for every number of threads.
+    """
+    return _C.gradient_norm([g for g in _gradients(grads) if g is not None])
+
+
+def move_towards(averages: Sequence[Array], values: Sequence[Array], share: float) -> None:
+    """average += share (value - average) for each pair, in place.
+
+    A step of an exponential moving average with decay 1 - share. The pairs are float32 or float64
+    arrays of the same shape, averages dense in any order of dimensions, values with any strides.
+    """
+    targets = [to_numpy(value, f"value {i}") for i, value in enumerate(values)]
+    _C.move_towards(_all_writable(averages, "average"), targets, float(share))
