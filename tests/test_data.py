@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fastconv import data
+from fastconv import augment, data
+from fastconv.augment import Augmentation
 from fastconv.data import DataLoader, Dataset
 
 CLASSES = tuple("0123456789")
@@ -256,6 +257,27 @@ def test_image_folder(tmp_path: Path) -> None:
         data.image_folder(tmp_path / "test", 0)
 
 
+def test_other_image_sizes() -> None:
+    """Constant images stay constant, a grey ramp stays a ramp, labels and classes are kept."""
+    pytest.importorskip("PIL.Image")
+    digits = data.load("mnist5k", "test", image_size=36)
+    assert digits.image_shape == (36, 36, 1)
+    original = data.mnist5k("test")
+    np.testing.assert_array_equal(digits.labels, original.labels)
+    np.testing.assert_allclose(digits.images.mean(), original.images.mean(), rtol=0.02)
+    assert data.resized(original, 28) is original
+    ramp = np.broadcast_to(np.arange(0, 160, 20, dtype=np.uint8)[:, None], (1, 8, 8, 8))
+    scaled = data.resized(Dataset(ramp.reshape(8, 8, 8), labels_of(8), CLASSES), 16)
+    inner = (np.arange(16) - 0.5) * 10  # pixel centres: (i + 1/2) / 2 - 1/2
+    assert np.abs(scaled.images[3, 1:-1, 5, 0] - inner[1:-1]).max() <= 1
+    tall = data.resized(dataset_of(2, 10, 6, 3), 4)
+    assert tall.image_shape == (4, 4, 3)
+    with pytest.raises(ValueError, match="images of 2 channels to 4 x 4"):
+        data.resized(dataset_of(2, 6, 6, 2), 4)
+    with pytest.raises(ValueError, match="to 0 x 0"):
+        data.resized(dataset_of(2, 6, 6, 3), 0)
+
+
 def test_load_refuses() -> None:
     with pytest.raises(ValueError, match="unknown data set 'imagenet', expected one of mnist5k"):
         data.load("imagenet", "train")
@@ -287,7 +309,8 @@ def collect(loader: DataLoader, epoch: int = 0, start: int = 0) -> list[tuple[by
 
 
 def augmented(dataset: Dataset, **options: object) -> DataLoader:
-    settings = {"shuffle": True, "seed": 3, "crop_padding": 2, "flip": True, **options}
+    change = Augmentation(crop_padding=2, flip=True)
+    settings = {"shuffle": True, "seed": 3, "augmentation": change, **options}
     return DataLoader(dataset, 8, mean=[0.5] * 3, std=[0.25] * 3, **settings)
 
 
@@ -335,7 +358,7 @@ def test_random_numbers_stay_the_same() -> None:
 
     A change here would make runs that were started by an earlier version resume wrongly.
     """
-    assert data._splitmix64(np.zeros(1, np.uint64))[0] == 0xE220A8397B1DCDAF
+    assert augment.splitmix64(np.zeros(1, np.uint64))[0] == 0xE220A8397B1DCDAF
     order = DataLoader(dataset_of(8, 1, 1), shuffle=True, seed=5).order(2)
     assert order.tolist() == [7, 5, 1, 4, 6, 2, 3, 0]
 
@@ -348,17 +371,21 @@ def test_an_epoch_resumes_anywhere(start: int) -> None:
     assert collect(augmented(dataset), epoch=4, start=start) == whole[start:]
 
 
-@pytest.mark.parametrize("prefetch", [1, 2, 20])
-def test_prefetch_changes_nothing(prefetch: int) -> None:
+@pytest.mark.parametrize(("prefetch", "workers"), [(1, 1), (2, 3), (20, 1), (20, 4)])
+def test_prefetch_and_workers_change_nothing(prefetch: int, workers: int) -> None:
     dataset = dataset_of(50, 6, 6, 3)
     expected = collect(augmented(dataset, prefetch=0))
-    assert collect(augmented(dataset, prefetch=prefetch)) == expected
+    assert collect(augmented(dataset, prefetch=prefetch, workers=workers)) == expected
 
 
 def test_an_image_is_augmented_alike_whatever_batch_it_is_in() -> None:
     dataset = dataset_of(24, 6, 6, 3)
-    in_order = DataLoader(dataset, 24, crop_padding=2, flip=True, seed=1)
-    shuffled = DataLoader(dataset, 5, crop_padding=2, flip=True, seed=1, shuffle=True)
+    change = Augmentation(
+        crop_padding=2, flip=True, resized_crop=0.5, rotation=30, zoom=0.2, brightness=0.4,
+        contrast=0.4, saturation=0.4, hue=0.1, cutout=3,
+    )  # fmt: skip
+    in_order = DataLoader(dataset, 24, augmentation=change, seed=1)
+    shuffled = DataLoader(dataset, 5, augmentation=change, seed=1, shuffle=True)
     expected, _ = next(in_order.batches(3))
     found = np.concatenate([x for x, _ in shuffled.batches(3)])
     np.testing.assert_array_equal(found, expected[shuffled.order(3)])
@@ -367,7 +394,7 @@ def test_an_image_is_augmented_alike_whatever_batch_it_is_in() -> None:
 def test_crops_are_windows_of_the_padded_image_and_all_places_occur() -> None:
     image = images_of(1, 5, 4, 2)[0]
     dataset = Dataset(np.repeat(image[None], 600, 0), np.zeros(600, int), CLASSES)
-    x, _ = next(DataLoader(dataset, 600, crop_padding=1).batches(0))
+    x, _ = next(DataLoader(dataset, 600, augmentation=Augmentation(crop_padding=1)).batches(0))
     padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
     windows = {
         padded[top : top + 5, left : left + 4].tobytes() for top in range(3) for left in range(3)
@@ -379,7 +406,7 @@ def test_crops_are_windows_of_the_padded_image_and_all_places_occur() -> None:
 def test_half_of_the_images_are_mirrored() -> None:
     image = images_of(1, 5, 4, 2)[0]
     dataset = Dataset(np.repeat(image[None], 1000, 0), np.zeros(1000, int), CLASSES)
-    x, _ = next(DataLoader(dataset, 1000, flip=True).batches(0))
+    x, _ = next(DataLoader(dataset, 1000, augmentation=Augmentation(flip=True)).batches(0))
     pictures = np.rint(x.transpose(0, 2, 3, 1) * 255).astype(np.uint8)
     mirrored = [picture.tobytes() == image[:, ::-1].tobytes() for picture in pictures]
     straight = [picture.tobytes() == image.tobytes() for picture in pictures]
@@ -444,8 +471,8 @@ def test_errors_of_the_thread_reach_the_caller() -> None:
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"crop_padding": -1}, "crop_padding must be at least 0, got -1"),
         ({"prefetch": -2}, "prefetch must be at least 0, got -2"),
+        ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"mean": [0.5]}, r"3 values.*\[0.5\]"),
         ({"std": [1, 0, 1]}, r"positive.*\[1, 0, 1\]"),
     ],

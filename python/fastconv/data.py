@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
+
+from fastconv.augment import ORDER, Augmentation, Draws
 
 __all__ = [
     "NAMES",
@@ -33,6 +34,8 @@ __all__ = [
     "load",
     "mnist5k",
     "mnist_idx",
+    "read_image",
+    "resized",
 ]
 
 Path_ = str | PathLike[str]
@@ -173,9 +176,9 @@ def image_folder(folder: Path_, size: int | tuple[int, int], mode: str = "RGB") 
     Raises FileNotFoundError for a missing folder, ValueError for an empty class and for a file that
     is no image.
     """
-    image_module, image_ops = _pillow()
-    height, width = (size, size) if isinstance(size, int) else size
-    if height < 1 or width < 1 or mode not in ("RGB", "L"):
+    image_module, _ = _pillow()
+    sides = (size, size) if isinstance(size, int) else size
+    if min(sides) < 1 or mode not in ("RGB", "L"):
         raise ValueError(f"size must be positive and mode 'RGB' or 'L', got {size} and {mode!r}")
     known = image_module.registered_extensions()
     paths: list[Path] = []
@@ -192,39 +195,86 @@ def image_folder(folder: Path_, size: int | tuple[int, int], mode: str = "RGB") 
     if not paths:
         raise ValueError(f"{folder}: no sub-folders, expected one for each class")
 
-    def read(path: Path) -> NDArray[np.uint8]:
-        try:
-            with image_module.open(path) as image:
-                fitted = image_ops.fit(
-                    image.convert(mode), (width, height), image_module.Resampling.BILINEAR
-                )
-        except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
-            raise ValueError(f"{path}: not a readable image ({error})") from error
-        return np.asarray(fitted, dtype=np.uint8)
-
     with ThreadPoolExecutor() as pool:  # pillow decodes without holding the GIL
-        images = np.stack(list(pool.map(read, paths)))
+        images = np.stack(list(pool.map(lambda path: read_image(path, sides, mode), paths)))
     return Dataset(images, np.array(labels, np.int64), tuple(p.name for p in classes))
+
+
+def read_image(path: Path_, size: tuple[int, int], mode: str = "RGB") -> NDArray[np.uint8]:
+    """An image file as uint8 [H, W, 3], or [H, W] for the mode "L".
+
+    It is scaled (bilinear) to cover `size` = (height, width) and cropped at its centre. Needs the
+    `train` extra (pillow). Raises FileNotFoundError, or ValueError for a file that is no image.
+    """
+    image_module, _ = _pillow()
+    try:
+        with image_module.open(path) as image:
+            return _fitted(image.convert(mode), size)
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from error
+
+
+def resized(dataset: Dataset, size: int) -> Dataset:
+    """The data set with images of size x size, scaled as `image_folder` does; itself where it is.
+
+    Needs the `train` extra (pillow) where there is something to do. Raises ValueError for a size
+    below 1 and for images of neither one channel nor three.
+    """
+    if dataset.image_shape[:2] == (size, size):
+        return dataset
+    image_module, _ = _pillow()
+    channels = dataset.image_shape[2]
+    if size < 1 or channels not in (1, 3):
+        raise ValueError(
+            f"cannot scale images of {channels} channels to {size} x {size}: "
+            "one channel or three, and a positive size, are needed"
+        )
+
+    def scale(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        picture = image_module.fromarray(image[..., 0] if channels == 1 else image)
+        return _fitted(picture, (size, size)).reshape(size, size, channels)
+
+    with ThreadPoolExecutor() as pool:
+        images = list(pool.map(scale, dataset.images))
+    shape = (len(images), size, size, channels)
+    return Dataset(np.array(images, np.uint8).reshape(shape), dataset.labels, dataset.classes)
+
+
+def _fitted(image: Any, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """A pillow image scaled to cover (height, width) and cropped at its centre."""
+    image_module, image_ops = _pillow()
+    fitted = image_ops.fit(image, size[::-1], image_module.Resampling.BILINEAR)
+    return np.asarray(fitted, dtype=np.uint8)
 
 
 NAMES = ("mnist5k", "mnist", "cifar10", "cifar100", "folder")
 
 
-def load(name: str, split: str, folder: Path_ | None = None, image_size: int = 32) -> Dataset:
+def load(
+    name: str, split: str, folder: Path_ | None = None, image_size: int | None = None
+) -> Dataset:
     """The data set called `name`, one of NAMES, as the command line knows them.
 
-    Every one but mnist5k reads `folder`; "folder" reads its sub-folder train or test, at image_size
-    x image_size.
+    Every one but mnist5k reads `folder`; "folder" reads its sub-folder train or test. Images are
+    scaled to image_size x image_size; without it they keep their size, and those of "folder" get
+    32 x 32.
     """
+    if name == "folder" and folder is not None:
+        _check_split(split)
+        return image_folder(_existing_folder(folder) / split, image_size or 32)
+    dataset = _load_as_it_is(name, split, folder)
+    return dataset if image_size is None else resized(dataset, image_size)
+
+
+def _load_as_it_is(name: str, split: str, folder: Path_ | None) -> Dataset:
     if name == "mnist5k":
         return mnist5k(split)
     if name not in NAMES:
         raise ValueError(f"unknown data set {name!r}, expected one of {', '.join(NAMES)}")
     if folder is None:
         raise ValueError(f"data set {name!r} is read from files: name their folder (--data-dir)")
-    if name == "folder":
-        _check_split(split)
-        return image_folder(_existing_folder(folder) / split, image_size)
     return {"mnist": mnist_idx, "cifar10": cifar10, "cifar100": cifar100}[name](folder, split)
 
 
@@ -356,13 +406,13 @@ class DataLoader:
     """Batches of a data set: float32 [B, C, H, W] in channels-last memory, and int64 labels [B].
 
     shuffle       a new order for each epoch, from (seed, epoch)
-    crop_padding  pad each side by this many zero pixels and crop back to the size at a random place
-    flip          mirror left to right, every other image at random
+    augmentation  what is done to the images at random; nothing when not given
     mean, std     of each channel in units of 255: pixels become (x / 255 - mean) / std;
                   0 and 1 when not given
     drop_last     leave out the last batch when it is not full
-    prefetch      how many batches a background thread prepares ahead; 0 prepares each when it is
+    prefetch      how many batches background threads prepare ahead; 0 prepares each when it is
                   asked for
+    workers       the number of these threads
 
     What is random about an image depends on (seed, epoch, its index in the data set) alone.
     """
@@ -374,17 +424,17 @@ class DataLoader:
         *,
         shuffle: bool = False,
         seed: int = 0,
-        crop_padding: int = 0,
-        flip: bool = False,
+        augmentation: Augmentation | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         drop_last: bool = False,
         prefetch: int = 2,
+        workers: int = 1,
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
-            ("crop_padding", crop_padding, 0),
             ("prefetch", prefetch, 0),
+            ("workers", workers, 1),
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -399,10 +449,10 @@ class DataLoader:
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
-        self.crop_padding = crop_padding
-        self.flip = flip
+        self.augmentation = augmentation or Augmentation()
         self.drop_last = drop_last
         self.prefetch = prefetch
+        self.workers = workers
         # (x / 255 - mean) / std = x * scale + shift, for one image as it lies in memory.
         pixels = dataset.image_shape[0] * dataset.image_shape[1]
         self._scale = np.tile(np.array([1 / (255 * s) for s in std], np.float32), pixels)
@@ -432,12 +482,12 @@ class DataLoader:
         indices = np.arange(len(self.dataset))
         if not self.shuffle:
             return indices
-        return np.argsort(_random(self.seed, epoch, indices, _ORDER), kind="stable")
+        return np.argsort(Draws(self.seed, epoch, indices).bits(ORDER), kind="stable")
 
     def _prefetched(
         self, order: NDArray[np.int64], epoch: int, numbers: range
     ) -> Generator[Batch, None, None]:
-        pool = ThreadPoolExecutor(1, thread_name_prefix="fastconv-data")
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastconv-data")
         pending: deque[Future[Batch]] = deque()
         try:
             for k in numbers:
@@ -451,52 +501,11 @@ class DataLoader:
 
     def _batch(self, order: NDArray[np.int64], epoch: int, number: int) -> Batch:
         indices = order[number * self.batch_size : (number + 1) * self.batch_size]
-        images = self.dataset.images[indices]
-        if self.crop_padding:
-            images = _random_crop(images, self.crop_padding, self.seed, epoch, indices)
-        if self.flip:
-            mirrored = _random(self.seed, epoch, indices, _FLIP) >> np.uint64(63) == 1
-            images[mirrored] = images[mirrored, :, ::-1]
-        pixels = images.reshape(len(images), -1).astype(np.float32)
-        pixels *= self._scale
-        pixels += self._shift
-        return pixels.reshape(images.shape).transpose(0, 3, 1, 2), self.dataset.labels[indices]
-
-
-def _random_crop(
-    images: NDArray[np.uint8], padding: int, seed: int, epoch: int, indices: NDArray[np.int64]
-) -> NDArray[np.uint8]:
-    count, height, width, channels = images.shape
-    padded = np.zeros((count, height + 2 * padding, width + 2 * padding, channels), np.uint8)
-    padded[:, padding:-padding, padding:-padding] = images
-    places = np.uint64(2 * padding + 1)
-    # The upper half of the bits times the number of places, over 2^32, is uniform over the places.
-    top, left = (
-        (_random(seed, epoch, indices, draw) >> np.uint64(32)) * places >> np.uint64(32)
-        for draw in (_TOP, _LEFT)
-    )
-    windows = sliding_window_view(padded, images.shape[1:], axis=(1, 2, 3))
-    return windows[np.arange(count), top, left, 0]
-
-
-# What a random number of _random is for.
-_ORDER, _TOP, _LEFT, _FLIP = range(4)
-
-
-def _random(seed: int, epoch: int, indices: NDArray[np.int64], draw: int) -> NDArray[np.uint64]:
-    """64 random bits for each index, a function of the arguments: no state to save for a resume."""
-    bits = np.zeros(1, np.uint64)
-    for key in (np.array([seed % 2**64], np.uint64), epoch, draw, indices):
-        bits = _splitmix64(bits + np.asarray(key).astype(np.uint64))
-    return bits
-
-
-def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The next output of the generator SplitMix64.
-
-    Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 17.
-    """
-    bits = state + np.uint64(0x9E3779B97F4A7C15)
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
+        draws = Draws(self.seed, epoch, indices)
+        images = self.augmentation.apply(self.dataset.images[indices], draws)
+        rows = images.reshape(len(images), -1).astype(np.float32)
+        rows *= self._scale
+        rows += self._shift
+        pixels = rows.reshape(images.shape)
+        self.augmentation.cut(pixels, draws)
+        return pixels.transpose(0, 3, 1, 2), self.dataset.labels[indices]
