@@ -49,7 +49,7 @@ def config_of(digits: str, **options: Any) -> TrainConfig:
     """A run of two epochs of 12 steps, with dropout, augmentation and batch norm in it."""
     settings: dict[str, Any] = {
         "data": "mnist", "data_dir": digits, "epochs": 2, "batch_size": 50, "lr": 2e-3,
-        "warmup_steps": 4, "log_every": 5, "checkpoint_every": 4, "crop_padding": 1,
+        "warmup_steps": 4, "log_every": 5, "checkpoint_every": 4, "crop_padding": 1, "workers": 2,
     }  # fmt: skip
     return TrainConfig(**{**settings, **options})
 

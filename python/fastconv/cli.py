@@ -88,56 +88,82 @@ def _add_command(commands: Any, name: str, run: Callable[..., None], text: str) 
     return parser
 
 
-def _add_train(commands: Any) -> None:
-    text = "train a model: without options SmallCNN on 5,000 MNIST digits"
-    parser = _add_command(commands, "train", _train, text)
-    # Options that were not given stay absent, so that the defaults have one place, TrainConfig.
-    absent: dict[str, Any] = {"default": argparse.SUPPRESS}
-    for name, kind, meaning in (
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers as 10,15, got {text!r}") from None
+
+
+_METAVAR: dict[Any, str] = {str: "NAME", int: "N", float: "X", _whole_numbers: "N,N"}
+
+# (name, type, meaning with the default in brackets); each is a field of TrainConfig.
+_TRAIN_OPTIONS: dict[str, tuple[tuple[str, Any, str], ...]] = {
+    "model and data": (
         ("model", str, "name of the model (smallcnn)"),
         ("data", str, "mnist5k, mnist, cifar10, cifar100 or folder (mnist5k)"),
-        (
-            "data-dir",
-            str,
-            "folder with the files of the data set; for `folder` it holds train/ and test/",
-        ),
-        ("image-size", int, "height and width that images of `folder` are scaled to (32)"),
+        ("data-dir", str, "folder with the data set's files; for `folder` it has train/ and test/"),
+        ("image-size", int, "scale images to N x N (their own size; 32 for `folder`)"),
+    ),
+    "optimisation": (
         ("epochs", int, "times through the training images (12)"),
-        ("batch-size", int, "images a step (64)"),
+        ("batch-size", int, "images a batch (64)"),
+        ("accumulate", int, "batches whose gradients make one step (1)"),
         ("optimizer", str, "adamw or sgd (adamw)"),
         ("lr", float, "learning rate (0.002 for adamw, 0.05 for sgd)"),
         ("momentum", float, "of sgd (0.9)"),
         ("weight-decay", float, "(0.01 for adamw, 0.0005 for sgd)"),
-        ("schedule", str, "of the learning rate: cosine or constant (cosine)"),
+        ("decay-all", bool, "weight decay for biases and norms, too (no)"),
+        ("clip-norm", float, "scale gradients to a norm of at most X (no)"),
+        ("schedule", str, "of the learning rate: cosine, step or constant (cosine)"),
         ("warmup-steps", int, "steps of linear warm-up (50)"),
+        ("milestones", _whole_numbers, "epochs at which `step` acts (1/2 and 3/4 of all)"),
+        ("gamma", float, "the factor of `step` (0.1)"),
         ("label-smoothing", float, "(0)"),
-        (
-            "crop-padding",
-            int,
-            "pixels of the random crop (1 for digits, 4 otherwise; 0 turns it off)",
-        ),
+        ("ema", float, "evaluate weights averaged with this decay, such as 0.999 (0: no)"),
+        ("patience", int, "end after N epochs without a better test accuracy (no)"),
+    ),
+    "augmentation": (
+        ("crop-padding", int, "pixels of the random crop (1 for digits, 4 otherwise)"),
+        ("flip", bool, "mirror images at random (not for digits)"),
+        ("resized-crop", float, "scale a random box of this share of the area or more (0: no)"),
+        ("rotation", float, "rotate by up to X degrees (0)"),
+        ("zoom", float, "scale by a factor of up to 1 - X and 1 + X (0)"),
+        ("brightness", float, "change the brightness by a factor of up to 1 - X and 1 + X (0)"),
+        ("contrast", float, "the contrast (0)"),
+        ("saturation", float, "the saturation (0)"),
+        ("hue", float, "shift the hue by up to this share of the circle (0)"),
+        ("cutout", int, "blank out a random square of N x N pixels (0)"),
+    ),
+    "run": (
         ("seed", int, "of weights, order, augmentation and dropout (0)"),
         ("threads", int, "no influence on the result (all cores)"),
+        ("workers", int, "threads that prepare batches (2)"),
+        ("prefetch", int, "batches prepared ahead (2)"),
         ("log-every", int, "steps between two lines of metrics.jsonl (10)"),
         ("checkpoint-every", int, "steps between two checkpoints (50)"),
-        ("prefetch", int, "batches prepared ahead (2)"),
-    ):
-        parser.add_argument(f"--{name}", type=kind, metavar=_metavar(kind), help=meaning, **absent)
-    for name, meaning in (
-        ("flip", "mirror images at random (not for digits)"),
-        ("decay-all", "weight decay for biases and norms, too (no)"),
-    ):
-        action = argparse.BooleanOptionalAction
-        parser.add_argument(f"--{name}", action=action, help=meaning, **absent)
+    ),
+}
+
+
+def _add_train(commands: Any) -> None:
+    text = "train a model: without options SmallCNN on 5,000 MNIST digits"
+    parser = _add_command(commands, "train", _train, text)
+    # Options that were not given stay absent, so that the defaults have one place, TrainConfig.
+    for title, rows in _TRAIN_OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for name, kind, meaning in rows:
+            settings: dict[str, Any] = {"help": meaning, "default": argparse.SUPPRESS}
+            if kind is bool:
+                settings["action"] = argparse.BooleanOptionalAction
+            else:
+                settings |= {"type": kind, "metavar": _METAVAR[kind]}
+            group.add_argument(f"--{name}", **settings)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--out", metavar="DIR", help="folder of the run (a new one in runs/)")
     where.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
     where.add_argument("--no-save", action="store_true", help="keep nothing on the disk")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
-
-
-def _metavar(kind: type) -> str:
-    return {str: "NAME", int: "N", float: "X"}[kind]
 
 
 def _train(options: argparse.Namespace) -> None:

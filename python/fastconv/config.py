@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from fastconv import data, models
+from fastconv.augment import Augmentation
 
 __all__ = ["TrainConfig", "load_config"]
 
 OPTIMIZERS = ("adamw", "sgd")
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "step", "constant")
 # What the configuration leaves open, by optimiser and by data set.
 _LR = {"adamw": 2e-3, "sgd": 0.05}
 _WEIGHT_DECAY = {"adamw": 1e-2, "sgd": 5e-4}
+_IMAGE_SIZE = {"folder": 32}  # the others have a size of their own
 _CROP_PADDING = {"mnist5k": 1, "mnist": 1}
 _FLIP = {"mnist5k": False, "mnist": False}  # a mirrored digit is another digit or none
 
@@ -30,24 +32,39 @@ class TrainConfig:
     model: str = "smallcnn"
     data: str = "mnist5k"
     data_dir: str | None = None
-    image_size: int = 32  # height and width that the data set "folder" is scaled to
+    image_size: int | None = None  # height and width that images are scaled to
     epochs: int = 12
     batch_size: int = 64
+    accumulate: int = 1  # batches whose gradients make one step
     optimizer: str = "adamw"
     lr: float | None = None
     momentum: float = 0.9  # of SGD
     weight_decay: float | None = None
     decay_all: bool = False  # biases and norms, too
+    clip_norm: float | None = None  # longest gradient; None does not clip
     schedule: str = "cosine"  # with a linear warm-up over the first warmup_steps
     warmup_steps: int = 50
+    milestones: tuple[int, ...] | None = None  # epochs after which "step" multiplies by gamma
+    gamma: float = 0.1
+    ema: float = 0.0  # decay of the averaged weights, which then are what is evaluated; 0: none
+    patience: int | None = None  # epochs without a better test accuracy before the run ends
     label_smoothing: float = 0.0
-    crop_padding: int | None = None
+    crop_padding: int | None = None  # from here on as in Augmentation
     flip: bool | None = None
+    resized_crop: float = 0.0
+    rotation: float = 0.0
+    zoom: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    cutout: int = 0
     seed: int = 0
     threads: int | None = None  # no influence on the bits
     log_every: int = 10  # steps between two lines of metrics.jsonl
     checkpoint_every: int = 50  # steps between two checkpoints
     prefetch: int = 2
+    workers: int = 2  # threads that prepare batches; no influence on the bits
 
     def resolved(self) -> TrainConfig:
         """With every open value filled in. Raises ValueError for a value out of its range."""
@@ -65,24 +82,35 @@ class TrainConfig:
         def default(value: Any, otherwise: Any) -> Any:
             return otherwise if value is None else value
 
+        halves = (self.epochs // 2, self.epochs * 3 // 4) if self.schedule == "step" else ()
         config = dataclasses.replace(
             self,
+            image_size=default(self.image_size, _IMAGE_SIZE.get(self.data)),
+            milestones=tuple(default(self.milestones, halves)),
             lr=default(self.lr, _LR[self.optimizer]),
             weight_decay=default(self.weight_decay, _WEIGHT_DECAY[self.optimizer]),
             crop_padding=default(self.crop_padding, _CROP_PADDING.get(self.data, 4)),
             flip=default(self.flip, _FLIP.get(self.data, True)),
         )
         for names, low, high in (
-            ("epochs batch_size image_size log_every checkpoint_every threads", 1, math.inf),
-            ("lr weight_decay warmup_steps crop_padding prefetch", 0, math.inf),
-            ("momentum label_smoothing", 0, 1),
+            ("epochs batch_size accumulate image_size patience threads workers", 1, math.inf),
+            ("log_every checkpoint_every", 1, math.inf),
+            ("lr weight_decay clip_norm gamma warmup_steps prefetch", 0, math.inf),
+            ("momentum label_smoothing ema", 0, 1),
             ("seed", 0, 2**64),
         ):
             for name in names.split():
                 value = getattr(config, name)
                 if value is not None and not low <= value < high:  # NaN lies nowhere
                     raise ValueError(f"{name} must be at least {low} and below {high}, got {value}")
+        if list(config.milestones or ()) != sorted(config.milestones or ()):
+            raise ValueError(f"milestones must not fall, got {config.milestones}")
+        config.augmentation()  # which checks its own values
         return config
+
+    def augmentation(self) -> Augmentation:
+        """What is done to the training images, of a resolved configuration."""
+        return Augmentation(**{f.name: getattr(self, f.name) for f in fields(Augmentation)})
 
 
 def load_config(out: str | PathLike[str]) -> TrainConfig:

@@ -74,14 +74,17 @@ class Optimizer:
         """ValueError when a setting of the group is out of range."""
         raise NotImplementedError
 
-    def step(self) -> None:
-        """Updates every parameter that has a gradient, in place."""
+    def step(self, gradient_scale: float = 1.0) -> None:
+        """Updates every parameter that has a gradient, in place.
+
+        gradient_scale  a factor on all gradients, applied in the same pass
+        """
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                self._update(group, params)
+                self._update(group, params, gradient_scale)
 
-    def _update(self, group: Group, params: list[Tensor]) -> None:
+    def _update(self, group: Group, params: list[Tensor], gradient_scale: float) -> None:
         raise NotImplementedError
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -164,6 +167,31 @@ def parameter_groups(
     return list(groups.values())
 
 
+def clip_factor(norm: float, max_norm: float) -> float:
+    """The factor that brings a gradient of this norm down to max_norm, 1 where it is shorter."""
+    return min(max_norm / (norm + 1e-6), 1.0)  # NaN stays NaN
+
+
+def clip_grad_norm_(
+    parameters: Iterable[Tensor], max_norm: float, error_if_nonfinite: bool = False
+) -> float:
+    """Scales the gradients in place so that their common L2 norm is at most max_norm.
+
+    Returns the norm before: torch.nn.utils.clip_grad_norm_ (Pascanu et al. 2013, algorithm 1).
+    `Optimizer.step(gradient_scale=...)` does the same in the pass of the optimiser. Raises
+    RuntimeError for a norm that is not finite if `error_if_nonfinite`.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = ops.gradient_norm(grads)
+    if error_if_nonfinite and not math.isfinite(norm):
+        raise RuntimeError(f"the norm of the gradients is {norm}, so they cannot be clipped")
+    factor = clip_factor(norm, max_norm)
+    if factor != 1.0:
+        for grad in grads:
+            grad *= factor
+    return norm
+
+
 def _copied_state(saved: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
     """A copy of the state of one parameter, arrays in the parameter's memory order."""
     state: dict[str, Any] = {}
@@ -226,8 +254,9 @@ class SGD(Optimizer):
                 f"momentum={group['momentum']}, dampening={group['dampening']}"
             )
 
-    def _update(self, group: Group, params: list[Tensor]) -> None:
+    def _update(self, group: Group, params: list[Tensor], gradient_scale: float) -> None:
         settings = {key: value for key, value in group.items() if key in self.defaults}
+        settings["gradient_scale"] = gradient_scale
         if group["momentum"] == 0:
             ops.sgd_step(*_arrays(params), None, first=False, **settings)
             return
@@ -264,7 +293,7 @@ class AdamW(Optimizer):
         if len(group["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in group["betas"]):
             raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
 
-    def _update(self, group: Group, params: list[Tensor]) -> None:
+    def _update(self, group: Group, params: list[Tensor], gradient_scale: float) -> None:
         by_step: dict[
             int, list[Tensor]
         ] = {}  # parameters that got their first gradient later lag behind
@@ -288,6 +317,7 @@ class AdamW(Optimizer):
                 beta2=beta2,
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
+                gradient_scale=gradient_scale,
             )
 
 

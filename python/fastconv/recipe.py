@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from os import PathLike
 from typing import Any
 
 from fastconv import checkpoint, data, models, nn, optim
 from fastconv.config import TrainConfig
 from fastconv.data import DataLoader
-
-EVALUATION_BATCH = 250
 
 
 def prepare_data(config: TrainConfig) -> tuple[DataLoader, DataLoader, dict[str, Any]]:
@@ -33,16 +32,16 @@ def prepare_data(config: TrainConfig) -> tuple[DataLoader, DataLoader, dict[str,
     mean, std = data.channel_statistics(train_set)
     train_loader = DataLoader(
         train_set,
-        config.batch_size,
+        config.batch_size * config.accumulate,
         shuffle=True,
         seed=config.seed,
-        crop_padding=config.crop_padding or 0,
-        flip=bool(config.flip),
+        augmentation=config.augmentation(),
         mean=mean,
         std=std,
         prefetch=config.prefetch,
+        workers=config.workers,
     )
-    test_loader = DataLoader(test_set, EVALUATION_BATCH, mean=mean, std=std)
+    test_loader = DataLoader(test_set, evaluation_batch(height), mean=mean, std=std)
     info = {
         "model": config.model,
         "data": config.data,
@@ -53,6 +52,11 @@ def prepare_data(config: TrainConfig) -> tuple[DataLoader, DataLoader, dict[str,
         "std": list(std),
     }
     return train_loader, test_loader, info
+
+
+def evaluation_batch(image_size: int) -> int:
+    """A batch that takes little memory: 250 images, fewer where they are large."""
+    return max(1, min(250, 2**20 // image_size**2))
 
 
 def create_model(info: dict[str, Any]) -> nn.Module:
@@ -77,14 +81,19 @@ def create_optimizer(config: TrainConfig, model: nn.Module) -> optim.Optimizer:
 def create_schedule(
     config: TrainConfig, optimizer: optim.Optimizer, steps: int
 ) -> optim.LRScheduler:
-    """A linear warm-up, then half a cosine down to zero or a constant rate, batch by batch."""
+    """A linear warm-up, then what config.schedule says, step by step.
+
+    "cosine" goes down to zero along half a cosine, "step" by a factor gamma at each milestone, and
+    "constant" stays.
+    """
+    milestones = [epoch * steps // config.epochs for epoch in config.milestones or ()]
     warmup = min(config.warmup_steps, steps // 2)
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        if config.schedule == "constant":
-            return 1.0
+        if config.schedule != "cosine":  # a constant rate has no milestones
+            return config.gamma ** bisect_right(milestones, step)
         return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
     return optim.LambdaLR(optimizer, factor)

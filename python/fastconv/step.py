@@ -1,33 +1,101 @@
-"""One step of training."""
+"""One step of training: forward, backward, clip, update."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fastconv import functional as F
-from fastconv import nn
+from fastconv import nn, ops, optim
 from fastconv.evaluation import count_correct
 from fastconv.tensor import Tensor
+
+# Of the auxiliary heads' losses, by the type of what the model returns in training: Szegedy et al.
+# 2014, "Going deeper with convolutions", section 5, and torchvision's reference for Inception v3.
+_AUXILIARY_WEIGHT = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
 
 
 class TrainingError(RuntimeError):
     """The training itself went wrong, for example its loss is no longer a number."""
 
 
-def train_step(
-    model: nn.Module, optimizer: Any, x: Any, y: Any, label_smoothing: float = 0.0
-) -> tuple[float, int]:
-    """A step on images x [N, C, H, W], labels y [N]: (mean loss, how many right) before it.
+class Step(NamedTuple):
+    """What a step found before it changed the weights."""
 
-    Raises TrainingError, and leaves the weights alone, when the loss is not finite.
+    loss: float  # mean over the images
+    correct: int
+    gradient_norm: float | None  # before it was clipped; None where nothing clips
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    x: NDArray[Any],
+    y: NDArray[Any],
+    label_smoothing: float = 0.0,
+    *,
+    micro_batch: int | None = None,
+    clip_norm: float | None = None,
+) -> Step:
+    """A step on images x [N, C, H, W], labels y [N].
+
+    micro_batch  go through the model with this many images at a time and add up the gradients: the
+                 step of the whole batch, to rounding, in the memory of a smaller one (but batch
+                 norm sees the smaller one's statistics)
+    clip_norm    scale the gradients so that their common L2 norm is at most this
+
+    Raises TrainingError, and leaves the weights alone, when the loss or the clipped norm is not
+    finite.
     """
     optimizer.zero_grad()
-    logits = model(Tensor(x))
+    loss, correct = 0.0, 0
+    size = micro_batch or len(y)
+    for start in range(0, len(y), size):
+        part = slice(start, start + size)
+        share = len(y[part]) / len(y)
+        value, right = _forward_backward(model, x[part], y[part], label_smoothing, share)
+        loss += value * share
+        correct += right
+    norm, scale = None, 1.0
+    if clip_norm is not None:
+        norm = ops.gradient_norm([p.grad for g in optimizer.param_groups for p in g["params"]])
+        if not math.isfinite(norm):
+            raise TrainingError(f"the norm of the gradients is {norm}: try a smaller learning rate")
+        scale = optim.clip_factor(norm, clip_norm)
+    optimizer.step(scale)
+    return Step(loss, correct, norm)
+
+
+def training_loss(output: Any, y: NDArray[Any], label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """(logits, loss) of what a model returned in training.
+
+    That is logits [N, classes], or a named tuple of the logits and those of auxiliary heads, which
+    count with the weight that their paper gives them. Raises TypeError for any other tuple.
+    """
+    if isinstance(output, Tensor):
+        return output, F.cross_entropy(output, y, label_smoothing=label_smoothing)
+    kind = type(output).__name__
+    if kind not in _AUXILIARY_WEIGHT:
+        raise TypeError(f"a model must return logits, got {kind}")
+    logits, *auxiliary = output
     loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+    for head in auxiliary:
+        if head is not None:
+            head_loss = F.cross_entropy(head, y, label_smoothing=label_smoothing)
+            loss = loss + _AUXILIARY_WEIGHT[kind] * head_loss
+    return logits, loss
+
+
+def _forward_backward(
+    model: nn.Module, x: NDArray[Any], y: NDArray[Any], label_smoothing: float, share: float
+) -> tuple[float, int]:
+    """(mean loss, how many right); `share` times the gradients are added to the parameters."""
+    logits, loss = training_loss(model(Tensor(x)), y, label_smoothing)
     value = loss.item()
     if not math.isfinite(value):
         raise TrainingError(f"the loss is {value}: try a smaller learning rate")
-    loss.backward()
-    optimizer.step()
+    loss.backward(np.full(loss.shape, share, loss.dtype))
     return value, count_correct(logits, y)

@@ -27,6 +27,7 @@ from typing import Any
 import fastconv
 from fastconv import checkpoint, nn
 from fastconv.config import TrainConfig, load_config
+from fastconv.ema import EMA
 from fastconv.evaluation import Evaluation, evaluate
 from fastconv.progress import Progress, plot_curves
 from fastconv.recipe import (
@@ -37,7 +38,7 @@ from fastconv.recipe import (
     prepare_data,
 )
 from fastconv.run_folder import RunFolder
-from fastconv.step import TrainingError, train_step
+from fastconv.step import Step, TrainingError, train_step
 
 __all__ = [
     "Evaluation",
@@ -52,7 +53,7 @@ __all__ = [
     "train_step",
 ]
 
-_CHANGEABLE = ("threads", "prefetch", "data_dir", "checkpoint_every")
+_CHANGEABLE = ("threads", "prefetch", "workers", "data_dir", "checkpoint_every")
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,9 @@ def train(
 def resume(out: str | PathLike[str], *, progress: Progress | None = None, **changes: Any) -> Result:
     """Goes on with the run in `out` from its last checkpoint, to the bits of a run never stopped.
 
-    changes  fields of TrainConfig that do not touch the result: threads, prefetch, data_dir,
-             checkpoint_every. ValueError for any other, unless it is what the run has anyway.
+    changes  fields of TrainConfig that do not touch the result: threads, prefetch, workers,
+             data_dir, checkpoint_every. ValueError for any other, unless it is what the run has
+             anyway.
     """
     config = load_config(out)
     for name, value in changes.items():
@@ -163,6 +165,7 @@ class _Run:
         self.train_loader, self.test_loader, self.info = prepare_data(config)
         fastconv.manual_seed(config.seed)
         self.model = create_model(self.info)
+        self.ema = EMA(self.model, config.ema) if config.ema else None
         self.optimizer = create_optimizer(config, self.model)
         self.schedule = create_schedule(
             config, self.optimizer, config.epochs * len(self.train_loader)
@@ -178,11 +181,13 @@ class _Run:
             self.folder.cut_metrics(self.at.metrics_lines)
         with _interruptible() as interrupted, self.progress as progress:
             progress.run_started(self.config, self.info, parameters, self.at.epoch, self.at.batch)
-            while self.at.epoch < self.config.epochs:
+            while self.at.epoch < self.config.epochs and not self._out_of_patience():
                 if interrupted.is_set():
                     raise KeyboardInterrupt
                 self._train_epoch(interrupted)
                 self._finish_epoch()
+            if self.at.epoch < self.config.epochs:
+                progress.message(f"ended early: no better for {self.config.patience} epochs")
         if self.folder is not None and not plot_curves(self.folder.metrics, self.folder.curves):
             self.progress.message("no curves.png: pip install 'fastconv[plot]' for it")
         return Result(
@@ -192,12 +197,21 @@ class _Run:
             best_epoch=self.at.best_epoch + 1,
             images_per_second=self._speed(),
             seconds=time.perf_counter() - began,
-            epochs=self.config.epochs,
+            epochs=self.at.epoch,
             steps=self.at.step,
             parameters=parameters,
             out=None if self.folder is None else str(self.folder.path),
-            model=self.model,
+            model=self.result_model,
         )
+
+    @property
+    def result_model(self) -> nn.Module:
+        """The model that is evaluated and kept: with the averaged weights, if there are any."""
+        return self.model if self.ema is None else self.ema.model
+
+    def _out_of_patience(self) -> bool:
+        at, patience = self.at, self.config.patience
+        return patience is not None and at.epoch - (at.best_epoch + 1) >= patience
 
     def _train_epoch(self, interrupted: threading.Event) -> None:
         """The batches of this epoch that are left, from self.at.batch on."""
@@ -209,33 +223,44 @@ class _Run:
         with closing(self.train_loader.batches(at.epoch, start=at.batch)) as batches:
             for x, y in batches:
                 lr = self.schedule.rate(config.lr, self.schedule.last_epoch)
-                loss, correct = self._train_step(x, y, lr)
-                at.add_batch(loss, correct, len(y))
+                step = self._train_step(x, y, lr)
+                at.add_batch(step.loss, step.correct, len(y))
                 now = time.perf_counter()
                 self.trained_images += len(y)
                 self.trained_seconds += now - mark
                 mark = now
                 self.progress.step(at.loss_sum / at.images, at.correct / at.images, self._speed())
                 if at.step % config.log_every == 0:
-                    self._log("step", loss=loss, accuracy=correct / len(y), lr=lr)
+                    self._log_step(step, len(y), lr)
                 if interrupted.is_set() or at.step % config.checkpoint_every == 0:
                     self.save()
                 if interrupted.is_set():
                     raise KeyboardInterrupt
 
-    def _train_step(self, x: Any, y: Any, lr: float) -> tuple[float, int]:
+    def _train_step(self, x: Any, y: Any, lr: float) -> Step:
+        config = self.config
         try:
-            result = train_step(self.model, self.optimizer, x, y, self.config.label_smoothing)
+            step = train_step(
+                self.model,
+                self.optimizer,
+                x,
+                y,
+                config.label_smoothing,
+                micro_batch=config.batch_size,
+                clip_norm=config.clip_norm,
+            )
         except TrainingError as error:
             where = f"epoch {self.at.epoch + 1}, step {self.at.step + 1}, learning rate {lr:g}"
             raise TrainingError(f"{where}: {error}") from None
+        if self.ema is not None:
+            self.ema.update(self.model)
         self.schedule.step()
-        return result
+        return step
 
     def _finish_epoch(self) -> None:
         """Evaluates, notes the figures, keeps the weights if they are the best, and moves on."""
         at = self.at
-        test = evaluate(self.model, self.test_loader)
+        test = evaluate(self.result_model, self.test_loader)
         at.test_loss, at.test_accuracy = test.loss, test.accuracy
         figures = {
             "loss": at.loss_sum / at.images,
@@ -249,7 +274,7 @@ class _Run:
             at.best_accuracy, at.best_epoch = test.accuracy, at.epoch
             if self.folder is not None:
                 info = {**self.info, "epoch": at.epoch + 1, "test_accuracy": test.accuracy}
-                checkpoint.save_weights(self.folder.best, self.model.state_dict(), info)
+                checkpoint.save_weights(self.folder.best, self.result_model.state_dict(), info)
         at.next_epoch()
         self.save()
 
@@ -259,13 +284,15 @@ class _Run:
             return
         self.folder.sync_metrics()  # the checkpoint counts on the lines that came before it
         state = {
-            "model": self.model.state_dict(),
+            "model": self.result_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "random": nn.get_rng_state(),
             "position": asdict(self.at),
             "train_images": len(self.train_loader.dataset),
         }
+        if self.ema is not None:
+            state["ema"] = {"updates": self.ema.updates, "model": self.model.state_dict()}
         checkpoint.save_state(self.folder.last, state, self.info)
 
     def restore(self) -> None:
@@ -279,11 +306,20 @@ class _Run:
                 f"{self.folder.path} was started with {state['train_images']} training images, "
                 f"the data set has {images} now"
             )
-        self.model.load_state_dict(state["model"])
+        self.result_model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.updates = state["ema"]["updates"]
+            self.model.load_state_dict(state["ema"]["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         nn.set_rng_state(state["random"])
         self.at = _Position(**state["position"])
+
+    def _log_step(self, step: Step, images: int, lr: float) -> None:
+        figures = {"loss": step.loss, "accuracy": step.correct / images, "lr": lr}
+        if step.gradient_norm is not None:
+            figures["gradient_norm"] = step.gradient_norm
+        self._log("step", **figures)
 
     def _log(self, event: str, **figures: float) -> None:
         self.at.metrics_lines += 1
