@@ -155,10 +155,18 @@ def test_train_and_eval(capsys: pytest.CaptureFixture[str]) -> None:
     measured = json.loads(out)
     assert measured["accuracy"] == result["best_test_accuracy"]
     assert (measured["images"], measured["split"]) == (1000, "test")
+    assert measured["accuracy"] <= measured["top5_accuracy"] <= 1
+    assert sum(measured["confusion"][i][i] for i in range(10)) == 1000 * measured["accuracy"]
+    assert list(measured["class_accuracies"]) == list("0123456789")
     code, out, _ = run(capsys, "eval", best, "--split=train", "--threads=1")
     assert code == 0
-    assert out.startswith("accuracy ")
-    assert out.endswith(" on 4,000 images\n")
+    *table, figures = out.splitlines()
+    assert table[0].split() == [*"0123456789", "right"]
+    assert [row.split()[0] for row in table[1:]] == list("0123456789")
+    assert len({len(row) for row in table}) == 1
+    assert figures.startswith("accuracy ")
+    assert ", top-5 " in figures
+    assert figures.endswith(" on 4,000 images")
     assert "threads must be at least 1, got 0" in error_of(capsys, "eval", best, "--threads=0")
     assert "batch_size must be at least 1" in error_of(capsys, "eval", best, "--batch-size=0")
 
@@ -187,7 +195,7 @@ def test_eval_refuses_data_of_another_kind(
     message = error_of(
         capsys, "eval", "run/last.safetensors", "--data=cifar10", f"--data-dir={tmp_path}"
     )
-    assert "takes images (28, 28, 1) of 10 classes, cifar10 has (32, 32, 3)" in message
+    assert "takes images (28, 28, 1) of 10 classes, cifar10 has (28, 28, 3)" in message
 
 
 def test_summary(capsys: pytest.CaptureFixture[str]) -> None:

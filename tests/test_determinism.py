@@ -163,6 +163,7 @@ def test_optimizer_steps():
         params = [normal("p", s, shape=s) for s in shapes]
         grads = [normal("g", s, shape=s) for s in shapes]
         state = [[np.zeros(s, np.float32) for s in shapes] for _ in range(3)]
+        averages = [p.copy() for p in params]
         for step in (1, 2):
             fc.ops.optimizer.sgd_step(
                 params, grads, state[0], lr=0.1, momentum=0.9, dampening=0.0,
@@ -172,7 +173,9 @@ def test_optimizer_steps():
                 params, grads, state[1], state[2], step=step, lr=1e-3, beta1=0.9, beta2=0.999,
                 eps=1e-8, weight_decay=0.01,
             )  # fmt: skip
-        return [*params, *state[0], *state[1], *state[2]]
+            fc.ops.optimizer.move_towards(averages, params, 0.3)
+        norm = np.array(fc.ops.optimizer.gradient_norm(grads))
+        return [*params, *state[0], *state[1], *state[2], *averages, norm]
 
     expected = run(1)
     for threads in (2, 3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastconv import models, optim
+from fastconv import models, nn, ops, optim
+from fastconv.ema import EMA
 from fastconv.nn import Parameter, channels_last
 from fastconv.tensor import Array
 
@@ -132,6 +134,92 @@ def test_groups_that_spare_biases_and_norms() -> None:
     assert len(everything) == 1 and everything[0]["weight_decay"] == 0.01
     with pytest.raises(ValueError, match=r"lr_scale of bn1\.weight must not be negative, got -1"):
         optim.parameter_groups(named.items(), 0.1, 0.01, lr_scale=lambda name: -1.0)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("max_norm", [0.5, 100.0])
+@pytest.mark.parametrize("name", ["sgd_momentum", "adamw_settings"])
+def test_clipping_agrees_with_pytorch(name: str, max_norm: float, dtype: Any) -> None:
+    """In place, and as a factor in the optimiser's pass."""
+    kind, reference_kind, settings = OPTIMISERS[name]
+    ours, theirs = start(dtype)
+    scaled, _ = start(dtype)
+    mine, fused = kind(ours, **settings), kind(scaled, **settings)
+    reference = reference_kind(theirs, **settings)
+    for step in range(4):
+        set_gradients(ours, theirs, step, skip=1 if step == 0 else None)
+        set_gradients(scaled, theirs, step, skip=1 if step == 0 else None)
+        expected = float(torch.nn.utils.clip_grad_norm_(theirs, max_norm))
+        norm = ops.gradient_norm([p.grad for p in scaled])
+        fused.step(optim.clip_factor(norm, max_norm))
+        assert optim.clip_grad_norm_(ours, max_norm) == pytest.approx(expected, rel=1e-6)
+        assert norm == pytest.approx(expected, rel=1e-6)
+        mine.step()
+        reference.step()
+    rtol = 1e-12 if dtype == np.float64 else 2e-5
+    assert_equal(ours, theirs, rtol)
+    assert_equal(scaled, theirs, rtol)
+
+
+def test_clipping_of_gradients_that_are_no_numbers() -> None:
+    ours, theirs = start()
+    set_gradients(ours, theirs, 0)
+    assert ours[1].grad is not None
+    ours[1].grad[2] = np.inf
+    with pytest.raises(RuntimeError, match="norm of the gradients is inf"):
+        optim.clip_grad_norm_(ours, 1.0, error_if_nonfinite=True)
+    assert optim.clip_grad_norm_(ours, 1.0) == np.inf
+    assert np.isnan(optim.clip_factor(np.nan, 1.0))
+    assert optim.clip_grad_norm_([], 1.0) == 0.0
+
+
+def test_norm_of_many_gradients_in_any_memory() -> None:
+    """Large and small values that float32 sums would lose, none at all, strides, both types."""
+    big = draw(300, 200, seed=1).astype(np.float32) * np.float32(1e25)
+    grads = [big, None, draw(5, 6, 7, seed=2)[:, ::-2], np.zeros((0, 3)), np.array(3.0)]
+    total = sum((g.astype(np.float64) ** 2).sum() for g in grads if g is not None)
+    assert ops.gradient_norm(grads) == pytest.approx(np.sqrt(total), rel=1e-12)
+    ones = [np.ones(n, np.float32) for n in range(70)]
+    assert ops.gradient_norm(ones) == pytest.approx(np.sqrt(sum(range(70))), rel=1e-14)
+    with pytest.raises(TypeError, match="int64"):
+        ops.gradient_norm([np.ones(3, np.int64)])
+
+
+# Averages
+
+
+def test_moving_average_agrees_with_pytorch() -> None:
+    """torch's AveragedModel with the same decay, warmed up as here, buffers too."""
+    torch.manual_seed(0)
+    reference = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3))
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))
+    steps = iter(range(1, 100))
+
+    def average(old: torch.Tensor, new: torch.Tensor, count: Any) -> torch.Tensor:
+        decay = min(0.9, (1 + count) / (10 + count))
+        return decay * old + (1 - decay) * new if old.is_floating_point() else new
+
+    model.load_state_dict(reference.state_dict())
+    ema = EMA(model, 0.9)
+    expected = {k: v.clone() for k, v in reference.state_dict().items()}
+    for count in itertools.islice(steps, 12):
+        with torch.no_grad():
+            for value in reference.parameters():
+                value += torch.randn_like(value)
+            reference(torch.randn(4, 2, 5, 5))  # changes the running statistics
+        model.load_state_dict(reference.state_dict())
+        ema.update(model)
+        now = reference.state_dict()
+        expected = {k: average(v, now[k], count) for k, v in expected.items()}
+    averaged = ema.model.state_dict()
+    assert list(averaged) == list(expected)
+    for key, value in expected.items():
+        np.testing.assert_allclose(averaged[key], value.numpy(), rtol=1e-5, atol=1e-6)
+    assert averaged["1.num_batches_tracked"] == 12
+    assert not ema.model.training and model.training
+    assert averaged["0.weight"].strides == model[0].weight.data.strides
+    with pytest.raises(ValueError, match="below 1, got 1"):
+        EMA(model, 1)
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)

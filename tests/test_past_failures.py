@@ -573,6 +573,8 @@ def test_17_no_access_outside_the_arrays_other(side, isa):
             params, grads, [guarded(ones(c), side)], lr=0.1, momentum=0.9, dampening=0.0,
             weight_decay=0.1, nesterov=True, first=False,
         )  # fmt: skip
+        fc.ops.optimizer.gradient_norm(grads)
+        fc.ops.optimizer.move_towards(params, grads, 0.1)
 
 
 def test_18_nan_beside_the_arrays_does_not_leak(isa):

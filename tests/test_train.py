@@ -14,14 +14,16 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
 import fastconv
 from fastconv import checkpoint, data, models, nn, optim, recipe, train
 from fastconv.progress import BarProgress, PlainProgress, Progress, choose_progress, plot_curves
+from fastconv.step import training_loss
 from fastconv.train import TrainConfig, TrainingError
 
 safetensors = pytest.importorskip("safetensors.numpy")
@@ -54,6 +56,16 @@ def config_of(digits: str, **options: Any) -> TrainConfig:
     return TrainConfig(**{**settings, **options})
 
 
+def everything(digits: str, **options: Any) -> TrainConfig:
+    """The same with all that has a state of its own or is random."""
+    settings: dict[str, Any] = {
+        "batch_size": 25, "accumulate": 2, "clip_norm": 1.0, "ema": 0.97, "patience": 5,
+        "rotation": 9.0, "zoom": 0.1, "resized_crop": 0.6, "brightness": 0.3, "contrast": 0.3,
+        "cutout": 5, "label_smoothing": 0.1,
+    }  # fmt: skip
+    return config_of(digits, **{**settings, **options})
+
+
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without the speed, which alone is not the same each time."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -69,9 +81,9 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="session")
 def whole_run(digits: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of config_of, never stopped."""
+    """The run of `everything`, never stopped."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    train.train(config_of(digits), folder)
+    train.train(everything(digits), folder)
     return folder
 
 
@@ -93,6 +105,12 @@ def whole_run(digits: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"seed": -1}, "seed .* got -1"),
         ({"threads": 0}, "threads .* got 0"),
         ({"checkpoint_every": 0}, "checkpoint_every .* got 0"),
+        ({"accumulate": 0}, "accumulate .* got 0"),
+        ({"ema": 1.0}, "ema .* below 1, got 1.0"),
+        ({"clip_norm": -1.0}, "clip_norm .* got -1.0"),
+        ({"patience": 0}, "patience .* got 0"),
+        ({"milestones": (5, 2)}, r"milestones must not fall, got \(5, 2\)"),
+        ({"cutout": -1}, "cutout must lie between 0 and inf, got -1"),
     ],
 )
 def test_config_refuses(options: dict[str, Any], message: str) -> None:
@@ -109,11 +127,11 @@ def test_config_fills_in_what_is_open() -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
 def test_schedule(schedule: str) -> None:
-    """A warm-up of 4 steps to 1/5, 2/5, ... of the rate, then 16 steps."""
+    """A warm-up of 4 steps to 1/5, 2/5, ... of the rate, then 16 steps; 5 steps an epoch."""
     optimizer = optim.SGD([nn.Parameter(np.zeros(1, np.float32))], lr=2.0)
-    config = TrainConfig(schedule=schedule, warmup_steps=4)
+    config = TrainConfig(schedule=schedule, warmup_steps=4, epochs=4).resolved()
     steps = recipe.create_schedule(config, optimizer, 20)
     rates = []
     for _ in range(20):
@@ -122,6 +140,8 @@ def test_schedule(schedule: str) -> None:
     np.testing.assert_allclose(rates[:5], [0.4, 0.8, 1.2, 1.6, 2.0])
     if schedule == "constant":
         assert rates[4:] == [2.0] * 16
+    elif schedule == "step":
+        np.testing.assert_allclose(rates[4:], [2.0] * 6 + [0.2] * 5 + [0.02] * 5)
     else:
         np.testing.assert_allclose(rates[12], 1.0)  # half way through the cosine
         assert rates[4:] == sorted(rates[4:], reverse=True)
@@ -153,6 +173,150 @@ def test_a_step_can_fit_one_batch() -> None:
     assert train.train_step(model, optimizer, x, y)[1] == 8
 
 
+def grads_of(model: nn.Module) -> list[Any]:
+    return [p.grad.copy() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("size", [3, 8, 9])
+def test_accumulated_gradients_are_those_of_the_large_batch(size: int) -> None:
+    """To rounding, in float64, with a last part that is not full."""
+    fastconv.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).double()
+    optimizer = optim.SGD(model.parameters(), 0.0)
+    x = np.random.default_rng(0).standard_normal((8, 1, 6, 6))
+    y = np.arange(8) % 3
+    whole = train.train_step(model, optimizer, x, y, 0.1)
+    expected = grads_of(model)
+    parts = train.train_step(model, optimizer, x, y, 0.1, micro_batch=size)
+    assert parts.correct == whole.correct
+    np.testing.assert_allclose(parts.loss, whole.loss, rtol=1e-12)
+    for grad, right in zip(grads_of(model), expected, strict=True):
+        np.testing.assert_allclose(grad, right, rtol=1e-10, atol=1e-15)
+
+
+def test_a_clipped_step_is_shorter(digits: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
+    optimizer = optim.SGD(model.parameters(), 1.0)
+    x, y = np.ones((3, 1, 2, 2), np.float32), np.zeros(3, int)
+    before = model[1].weight.data.copy()
+    step = train.train_step(model, optimizer, x, y, clip_norm=0.01)
+    norm = np.linalg.norm(model[1].weight.grad)  # as it was before it was clipped
+    assert step.gradient_norm == pytest.approx(norm, rel=1e-6)
+    assert norm > 0.1
+    moved = np.linalg.norm(model[1].weight.data - before)
+    assert moved == pytest.approx(0.01, rel=1e-4)
+    assert train.train_step(model, optimizer, x, y).gradient_norm is None
+    train.train(config_of(digits, epochs=1, clip_norm=0.5), tmp_path / "run")
+    norms = [line["gradient_norm"] for line in metrics_of(tmp_path / "run")[:-1]]
+    assert len(norms) == 2 and all(norm > 0 for norm in norms)
+
+
+class GoogLeNetOutputs(NamedTuple):
+    logits: Any
+    aux_logits2: Any
+    aux_logits1: Any
+
+
+class InceptionOutputs(NamedTuple):
+    logits: Any
+    aux_logits: Any
+
+
+@pytest.mark.parametrize("kind", [GoogLeNetOutputs, InceptionOutputs])
+def test_auxiliary_heads_count_with_their_weight(kind: Any) -> None:
+    rng = np.random.default_rng(0)
+    heads = [nn.Parameter(rng.standard_normal((4, 3))) for _ in kind._fields]
+    y = np.array([0, 2, 1, 1])
+    logits, loss = training_loss(kind(*heads), y, 0.1)
+    weight = {3: 0.3, 2: 0.4}[len(heads)]
+    parts = [torch.tensor(head.data, requires_grad=True) for head in heads]
+    losses = [
+        torch.nn.functional.cross_entropy(head, torch.tensor(y), label_smoothing=0.1)
+        for head in parts
+    ]
+    expected = losses[0] + weight * sum(losses[1:])
+    assert logits is heads[0]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    loss.backward()
+    expected.backward()
+    for head, part in zip(heads, parts, strict=True):
+        np.testing.assert_allclose(head.grad, part.grad.numpy(), rtol=1e-10)
+    without = kind(heads[0], *[None] * (len(heads) - 1))
+    assert training_loss(without, y, 0.1)[1].item() == pytest.approx(losses[0].item())
+    with pytest.raises(TypeError, match="must return logits, got tuple"):
+        training_loss((heads[0],), y, 0.0)
+
+
+def test_early_stopping(digits: str, tmp_path: Path) -> None:
+    """With a learning rate of 0 the first epoch is the best; resumed, the run stays ended."""
+    stream = io.StringIO()
+    config = config_of(digits, model="lenet5", epochs=9, lr=0.0, patience=2)
+    result = train.train(config, tmp_path / "run", progress=PlainProgress(stream))
+    assert (result.epochs, result.best_epoch, result.steps) == (3, 1, 36)
+    assert "ended early: no better for 2 epochs\n" in stream.getvalue()
+    again = train.resume(tmp_path / "run")
+    assert (again.epochs, again.steps) == (3, 36)
+
+
+def test_averaged_weights_are_evaluated_and_kept(digits: str, tmp_path: Path) -> None:
+    result = train.train(config_of(digits, epochs=1, ema=0.9), tmp_path / "run")
+    plain = train.train(config_of(digits, epochs=1), tmp_path / "plain")
+    state, _ = checkpoint.load_state(tmp_path / "run" / "last.safetensors")
+    others, _ = checkpoint.load_state(tmp_path / "plain" / "last.safetensors")
+    best, _ = checkpoint.load_weights(tmp_path / "run" / "best.safetensors")
+    key = "classifier.1.weight"
+    np.testing.assert_array_equal(state["ema"]["model"][key], others["model"][key])
+    assert not np.array_equal(state["model"][key], others["model"][key])
+    np.testing.assert_array_equal(best[key], state["model"][key])
+    np.testing.assert_array_equal(result.model.state_dict()[key], best[key])
+    assert state["ema"]["updates"] == 12
+    assert (result.test_loss, result.test_accuracy) != (plain.test_loss, plain.test_accuracy)
+
+
+def test_evaluation_against_counting_by_hand() -> None:
+    """Confusion, top-1 and top-5 of a model that returns its input as logits."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (200, 1, 7), dtype=np.uint8)
+    labels = rng.integers(0, 6, 200)  # none of class 6
+    dataset = data.Dataset(images, labels, tuple("abcdefg"))
+    result = train.evaluate(nn.Flatten(), data.DataLoader(dataset, 64))
+    logits = torch.from_numpy(images[:, 0].astype(np.float32))
+    top = logits.topk(5).indices.numpy()
+    ranks = np.array([(row > row[y]).sum() for row, y in zip(images[:, 0], labels, strict=True)])
+    assert result.top5_accuracy == (ranks < 5).mean()
+    assert result.top5_accuracy == pytest.approx((top == labels[:, None]).any(1).mean(), abs=0.02)
+    assert result.confusion.shape == (7, 7) and result.confusion.sum() == 200
+    for true in range(7):
+        chosen = images[labels == true, 0].argmax(1)
+        assert result.confusion[true].tolist() == [(chosen == k).sum() for k in range(7)]
+    assert result.accuracy == (images[:, 0].argmax(1) == labels).mean()
+    per_class = result.class_accuracies()
+    assert per_class[6] is None
+    assert per_class[2] == (images[labels == 2, 0].argmax(1) == 2).mean()
+
+    rows = result.report("abcdefg").splitlines()
+    assert len(rows) == 9 and rows[3].split()[0] == "c"
+    assert rows[3].split()[1:-1] == [str(n or ".") for n in result.confusion[2].tolist()]
+    many = [*"abcdefg", *(f"more {i}" for i in range(14))]
+    worst, *_, last = result.report(many).splitlines()
+    errors = result.confusion * (1 - np.eye(7, dtype=int))
+    true, answer = np.unravel_index(errors.argmax(), errors.shape)
+    assert worst == (
+        f"{errors.max()} of {(labels == true).sum()} images of {many[true]} "
+        f"taken for {many[answer]}"
+    )
+    assert last == rows[-1]
+
+
+@pytest.mark.parametrize(("model", "size"), [("resnet8_cifar", 20), ("lenet5", 40)])
+def test_digits_at_another_size(digits: str, model: str, size: int) -> None:
+    pytest.importorskip("PIL.Image")
+    stream = io.StringIO()
+    config = config_of(digits, model=model, image_size=size, epochs=1)
+    assert train.train(config, progress=PlainProgress(stream)).steps == 12
+    assert f"images 1x{size}x{size}, 10 classes" in stream.getvalue()
+
+
 def test_evaluate_counts_every_image_and_puts_the_modes_back() -> None:
     model = models.create("smallcnn", in_channels=1, image_size=28)
     model.train()
@@ -174,7 +338,7 @@ def test_evaluate_counts_every_image_and_puts_the_modes_back() -> None:
 def test_run_folder(whole_run: Path, digits: str) -> None:
     assert FILES <= {file.name for file in whole_run.iterdir()} <= FILES | {"curves.png"}
     config = train.load_config(whole_run)
-    assert config == config_of(digits).resolved()
+    assert config == everything(digits).resolved()
 
     lines = metrics_of(whole_run)
     steps = [line for line in lines if line["event"] == "step"]
@@ -227,12 +391,14 @@ def test_repeated_runs_have_the_same_bits_for_any_number_of_threads(
 ) -> None:
     for threads in (1, 3):
         folder = tmp_path / str(threads)
-        train.train(config_of(digits, threads=threads, prefetch=threads - 1), folder)
+        train.train(
+            everything(digits, threads=threads, prefetch=threads - 1, workers=threads), folder
+        )
         assert_same_run(folder, whole_run)
 
 
 def test_another_seed_is_another_run(whole_run: Path, digits: str, tmp_path: Path) -> None:
-    train.train(config_of(digits, seed=1), tmp_path / "run")
+    train.train(everything(digits, seed=1), tmp_path / "run")
     assert metrics_of(tmp_path / "run") != metrics_of(whole_run)
 
 
@@ -265,7 +431,7 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits(
     whole_run: Path, digits: str, tmp_path: Path, stop: dict[str, int]
 ) -> None:
     with pytest.raises(ConnectionAbortedError):
-        train.train(config_of(digits), tmp_path / "run", progress=StopAt(**stop))
+        train.train(everything(digits), tmp_path / "run", progress=StopAt(**stop))
     fastconv.manual_seed(12345)  # another process starts with other random numbers
     result = train.resume(tmp_path / "run")
     assert_same_run(tmp_path / "run", whole_run)
@@ -276,7 +442,7 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits(
 def test_a_run_may_be_stopped_again_and_again(whole_run: Path, digits: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(ConnectionAbortedError):
-        train.train(config_of(digits), folder, progress=StopAt(step=6))
+        train.train(everything(digits), folder, progress=StopAt(step=6))
     for threads in (2, 1, 3):
         with pytest.raises(ConnectionAbortedError):
             train.resume(folder, progress=StopAt(step=6), threads=threads)
@@ -320,7 +486,7 @@ def test_metrics_hold_no_step_twice(whole_run: Path, digits: str, tmp_path: Path
     """Lines after the last checkpoint are cut off, half a line at the end too."""
     folder = tmp_path / "run"
     with pytest.raises(ConnectionAbortedError):
-        train.train(config_of(digits, checkpoint_every=9), folder, progress=StopAt(step=11))
+        train.train(everything(digits, checkpoint_every=9), folder, progress=StopAt(step=11))
     assert [line["step"] for line in metrics_of(folder)] == [5, 10]
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"event": "st')
@@ -458,12 +624,17 @@ def lines_in(path: Path) -> int:
 def embedded_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs of 63 steps on the embedded digits, never stopped."""
     folder = tmp_path_factory.mktemp("runs") / "embedded"
-    train.train(TrainConfig(epochs=2, log_every=1, checkpoint_every=20, threads=1), folder)
+    settings = {"batch_size": 32, "accumulate": 2, "clip_norm": 1.0, "ema": 0.99, "cutout": 5}
+    config = TrainConfig(epochs=2, log_every=1, checkpoint_every=20, threads=1, **settings)
+    train.train(config, folder)
     return folder
 
 
 # One thread: on a busy machine two that wait for each other take many times as long.
-EMBEDDED = ("--epochs=2", "--log-every=1", "--checkpoint-every=20", "--threads=1")
+EMBEDDED = (
+    "--epochs=2", "--log-every=1", "--checkpoint-every=20", "--threads=1",
+    "--batch-size=32", "--accumulate=2", "--clip-norm=1", "--ema=0.99", "--cutout=5",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("steps", [5, 30, 85])

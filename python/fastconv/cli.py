@@ -220,12 +220,12 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--data", metavar="NAME", help="data set (the one it was trained on)")
     parser.add_argument("--data-dir", metavar="DIR", help="folder with the files of the data set")
     parser.add_argument("--split", choices=("test", "train"), default="test", help="(test)")
-    parser.add_argument("--batch-size", type=int, default=250, metavar="N", help="(250)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="(250, less of large images)")
     parser.add_argument("--threads", type=int, metavar="N", help="(all cores)")
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from fastconv import data, train
+    from fastconv import data, recipe, train
 
     _set_threads(options.threads)
     model, info = train.load_model(options.checkpoint)
@@ -237,7 +237,10 @@ def _eval(options: argparse.Namespace) -> None:
             f"{options.checkpoint} takes images {expected} of {len(info['classes'])} classes, "
             f"{name} has {dataset.image_shape} and {len(dataset.classes)}"
         )
-    loader = data.DataLoader(dataset, options.batch_size, mean=info["mean"], std=info["std"])
+    batch_size = options.batch_size
+    if batch_size is None:
+        batch_size = recipe.evaluation_batch(info["image_size"])
+    loader = data.DataLoader(dataset, batch_size, mean=info["mean"], std=info["std"])
     result = train.evaluate(model, loader)
     figures = {
         "checkpoint": str(options.checkpoint),
@@ -246,12 +249,15 @@ def _eval(options: argparse.Namespace) -> None:
         "split": options.split,
         "images": result.images,
         "accuracy": result.accuracy,
+        "top5_accuracy": result.top5_accuracy,
         "loss": result.loss,
+        "class_accuracies": dict(zip(info["classes"], result.class_accuracies(), strict=True)),
+        "confusion": result.confusion.tolist(),
     }
     if options.json:
         print(json.dumps(figures))
     else:
-        print(f"accuracy {result.accuracy:.2%}, loss {result.loss:.4f} on {result.images:,} images")
+        print(result.report(info["classes"]))
 
 
 def _add_summary(commands: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +35,40 @@ class Evaluation:
         """The share of right answers of each class; None for a class without images."""
         counts = zip(np.diag(self.confusion).tolist(), self.confusion.sum(1).tolist(), strict=True)
         return [right / images if images else None for right, images in counts]
+
+    def report(self, classes: Sequence[str]) -> str:
+        """The figures in a line, under the confusion matrix or, of many classes, its errors."""
+        table = self._matrix(classes) if len(classes) <= 20 else self._worst_errors(classes)
+        figures = (
+            f"accuracy {self.accuracy:.2%}, top-5 {self.top5_accuracy:.2%}, loss {self.loss:.4f} "
+            f"on {self.images:,} images"
+        )
+        return "\n".join([*table, figures])
+
+    def _matrix(self, classes: Sequence[str]) -> list[str]:
+        """A row a class, a column an answer, and the share of right answers."""
+        numbers = [["." if n == 0 else str(n) for n in row] for row in self.confusion.tolist()]
+        shares = ["" if share is None else f"{share:.1%}" for share in self.class_accuracies()]
+        rows = [["", *classes, "right"]]
+        for name, row, right in zip(classes, numbers, shares, strict=True):
+            rows.append([name, *row, right])
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        return [
+            "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True))
+            for row in rows
+        ]
+
+    def _worst_errors(self, classes: Sequence[str], count: int = 10) -> list[str]:
+        """The pairs of classes that are confused most often."""
+        errors = self.confusion - np.diag(np.diag(self.confusion))
+        order = np.argsort(-errors, axis=None, kind="stable")[:count]
+        pairs = (np.unravel_index(place, errors.shape) for place in order)
+        return [
+            f"{errors[true, answer]} of {self.confusion[true].sum()} images of "
+            f"{classes[true]} taken for {classes[answer]}"
+            for true, answer in pairs
+            if errors[true, answer]
+        ]
 
 
 def evaluate(model: nn.Module, loader: DataLoader) -> Evaluation:

@@ -187,8 +187,9 @@ def clip_grad_norm_(
         raise RuntimeError(f"the norm of the gradients is {norm}, so they cannot be clipped")
     factor = clip_factor(norm, max_norm)
     if factor != 1.0:
-        for grad in grads:
-            grad *= factor
+        with np.errstate(invalid="ignore"):  # an infinite norm makes NaN of infinite elements
+            for grad in grads:
+                grad *= factor
     return norm
 
 
