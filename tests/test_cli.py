@@ -54,7 +54,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version") == (0, f"fastconv {fastconv.__version__}\n", "")
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    for command in ("train", "eval", "summary", "info"):
+    for command in ("train", "eval", "show", "summary", "info"):
         assert command in out
     code, out, _ = run(capsys, "train", "--help")
     assert code == 0
@@ -196,6 +196,25 @@ def test_eval_refuses_data_of_another_kind(
         capsys, "eval", "run/last.safetensors", "--data=cifar10", f"--data-dir={tmp_path}"
     )
     assert "takes images (28, 28, 1) of 10 classes, cifar10 has (28, 28, 3)" in message
+
+
+def test_show(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("safetensors")
+    pytest.importorskip("matplotlib")
+    assert run(capsys, "train", *QUICK, "--out=run")[0] == 0
+    code, out, _ = run(capsys, "show", "run", "--index=7", "--layers=features.0,features.2")
+    assert (code, out) == (0, "run/filters.png\nrun/features.png\n")
+    code, out, _ = run(capsys, "show", "run/last.safetensors", "--out=pictures", "--json")
+    assert (code, json.loads(out)) == (
+        0, {"pictures": ["pictures/filters.png", "pictures/features.png"]},
+    )  # fmt: skip
+    assert "no layer 'conv9'" in error_of(capsys, "show", "run", "--layers=conv9")
+    assert "not allowed with" in error_of(capsys, "show", "run", "--image=a.png", "--index=1")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    message = error_of(capsys, "show", "run", code=1)
+    assert message == "pictures need matplotlib: pip install 'fastconv[plot]'"
 
 
 def test_summary(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,14 +29,17 @@ __version__ = "0.1.0"
 
 # Loaded when first used, so that embedding the kernels costs only the kernels.
 _MODULES = (
+    "augment",
     "checkpoint",
     "cli",
     "data",
+    "ema",
     "functional",
     "info",
     "models",
     "nn",
     "optim",
+    "show",
     "summary",
     "tensor",
     "train",

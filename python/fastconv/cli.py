@@ -1,4 +1,4 @@
-"""The command `fastconv`: train, eval, summary, info.
+"""The command `fastconv`: train, eval, show, summary, info.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed on the way, 2
 asked for something that is not there or not possible, 130 interrupted. An error is one line;
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
     _add_eval(commands)
+    _add_show(commands)
     _add_summary(commands)
     _add_info(commands)
     return parser
@@ -258,6 +259,37 @@ def _eval(options: argparse.Namespace) -> None:
         print(json.dumps(figures))
     else:
         print(result.report(info["classes"]))
+
+
+def _add_show(commands: Any) -> None:
+    text = "draw the first filters of a checkpoint and what its layers see in an image"
+    parser = _add_command(commands, "show", _show, text)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint or a run's folder")
+    image = parser.add_mutually_exclusive_group()
+    image.add_argument("--image", metavar="FILE", help="image file to look at")
+    image.add_argument("--index", type=int, default=0, metavar="N", help="of the data set (0)")
+    parser.add_argument("--split", choices=("test", "train"), default="test", help="(test)")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder with the files of the data set")
+    parser.add_argument(
+        "--layers", metavar="NAMES", help="such as conv1,layer2.0 (some of the convolutions)"
+    )
+    parser.add_argument("--out", metavar="DIR", help="for the pictures (beside the checkpoint)")
+
+
+def _show(options: argparse.Namespace) -> None:
+    from fastconv import show
+
+    paths = show.show(
+        options.checkpoint,
+        options.out,
+        image=options.image,
+        index=options.index,
+        split=options.split,
+        data_dir=options.data_dir,
+        layers=options.layers.split(",") if options.layers else (),
+    )
+    names = [str(path) for path in paths]
+    print(json.dumps({"pictures": names}) if options.json else "\n".join(names))
 
 
 def _add_summary(commands: Any) -> None:
