@@ -91,6 +91,8 @@ def test_python_m_fastconv() -> None:
         (("train", "--speed=9"), "unrecognized arguments: --speed=9"),
         (("train", "--epochs=many"), "--epochs: invalid int value: 'many'"),
         (("train", "--epochs=0"), "epochs must be at least 1 and below inf, got 0"),
+        (("train", "--milestones=3,x"), "expected numbers as 10,15, got '3,x'"),
+        (("train", "--hue=0.7"), "hue must lie between 0 and 0.5, got 0.7"),
         (("train", "--lr=nan"), "lr must be at least 0 and below inf, got nan"),
         (("train", "--model=vgg99"), "unknown model 'vgg99', expected one of"),
         (("train", "--data=svhn"), "unknown data 'svhn'"),

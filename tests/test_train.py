@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -21,7 +23,7 @@ import pytest
 import torch
 
 import fastconv
-from fastconv import checkpoint, data, models, nn, optim, recipe, train
+from fastconv import checkpoint, cli, data, models, nn, optim, recipe, train
 from fastconv.progress import BarProgress, PlainProgress, Progress, choose_progress, plot_curves
 from fastconv.step import training_loss
 from fastconv.train import TrainConfig, TrainingError
@@ -109,7 +111,8 @@ def whole_run(digits: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"ema": 1.0}, "ema .* below 1, got 1.0"),
         ({"clip_norm": -1.0}, "clip_norm .* got -1.0"),
         ({"patience": 0}, "patience .* got 0"),
-        ({"milestones": (5, 2)}, r"milestones must not fall, got \(5, 2\)"),
+        ({"milestones": (5, 2), "schedule": "step"}, r"milestones must not fall, got \(5, 2\)"),
+        ({"milestones": (5,)}, "milestones belong to the schedule 'step', not 'cosine'"),
         ({"cutout": -1}, "cutout must lie between 0 and inf, got -1"),
     ],
 )
@@ -315,6 +318,21 @@ def test_digits_at_another_size(digits: str, model: str, size: int) -> None:
     config = config_of(digits, model=model, image_size=size, epochs=1)
     assert train.train(config, progress=PlainProgress(stream)).steps == 12
     assert f"images 1x{size}x{size}, 10 classes" in stream.getvalue()
+
+
+def test_the_recipe_of_the_readme(digits: str) -> None:
+    """It is understood and runs: one epoch of it, on a seventh of the digits."""
+    readme = Path(__file__).parents[1] / "README.md"
+    found = re.search(
+        r"^fastconv (train --model resnet20_cifar(?:.*\\\n)*.*)$", readme.read_text(), re.M
+    )
+    assert found is not None
+    arguments = cli._parser().parse_args(found[1].replace("\\\n", " ").split())
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    assert given["epochs"] == 20
+    shorter = {"data": "mnist", "data_dir": digits, "epochs": 1}
+    assert train.train(TrainConfig(**{**given, **shorter})).steps == 9
 
 
 def test_evaluate_counts_every_image_and_puts_the_modes_back() -> None:

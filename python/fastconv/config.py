@@ -82,6 +82,8 @@ class TrainConfig:
         def default(value: Any, otherwise: Any) -> Any:
             return otherwise if value is None else value
 
+        if self.milestones and self.schedule != "step":
+            raise ValueError(f"milestones belong to the schedule 'step', not {self.schedule!r}")
         halves = (self.epochs // 2, self.epochs * 3 // 4) if self.schedule == "step" else ()
         config = dataclasses.replace(
             self,

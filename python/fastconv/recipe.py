@@ -92,7 +92,7 @@ def create_schedule(
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        if config.schedule != "cosine":  # a constant rate has no milestones
+        if config.schedule != "cosine":  # a constant rate is one without milestones
             return config.gamma ** bisect_right(milestones, step)
         return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
