@@ -24,6 +24,7 @@ constexpr ConvForward kForward[] = {
 
 constexpr ConvBackwardInput kBackwardInput[] = {
     {"depthwise", depthwise::supports, depthwise::backward_input},
+    {"first_layer", first_layer::supports_backward_input, first_layer::backward_input},
     {"pointwise", pointwise::supports, pointwise::backward_input},
     {"winograd", winograd::supports_backward_input, winograd::backward_input},
     {"direct", direct::supports, direct::backward_input},
@@ -32,7 +33,7 @@ constexpr ConvBackwardInput kBackwardInput[] = {
 
 constexpr ConvBackwardWeight kBackwardWeight[] = {
     {"depthwise", depthwise::supports, depthwise::backward_weight},
-    {"first_layer", first_layer::supports_backward_weight, first_layer::backward_weight},
+    {"first_layer", first_layer::supports, first_layer::backward_weight},
     {"pointwise", pointwise::supports, pointwise::backward_weight},
     {"winograd", winograd::supports, winograd::backward_weight},
     {"direct", direct::supports, direct::backward_weight},

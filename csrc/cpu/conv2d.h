@@ -80,8 +80,9 @@ void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
 
 namespace first_layer {
 const char* supports(const Conv2dProblem&);
-const char* supports_backward_weight(const Conv2dProblem&);
+const char* supports_backward_input(const Conv2dProblem&);
 void forward(const Conv2dProblem&, const ForwardArguments&);
+void backward_input(const Conv2dProblem&, const BackwardInputArguments&);
 void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
 }  // namespace first_layer
 

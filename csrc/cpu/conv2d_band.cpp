@@ -36,16 +36,15 @@ void BandAxis::place(int64_t begin, int64_t end) {
   }
 }
 
-Band::Band(const SourceImage& source, const AxisTaps& rows, const AxisTaps& columns, int64_t block)
+Band::Band(const SourceImage& source, const AxisTaps& rows, const AxisTaps& columns)
     : source_(source),
       rows_(rows, source.h, /*keep_outside=*/false),
       columns_(columns, source.w, /*keep_outside=*/true),
-      block_(block),
-      blocks_(ceil_divide(source.channels, block)) {}
+      blocks_(ceil_divide(source.channels, kBlock)) {}
 
 int64_t Band::max_floats(int64_t images, int64_t rows, int64_t columns) const {
   const int64_t image_rows = std::min(rows_.max_size(rows), rows_.phases() * ((source_.h - 1) / rows_.step() + 1));
-  return blocks_ * ((1 + images * image_rows) * columns_.max_size(columns) * block_);
+  return blocks_ * ((1 + images * image_rows) * columns_.max_size(columns) * kBlock);
 }
 
 void Band::pack(float* dst, int64_t n0, int64_t n1, int64_t y0, int64_t y1, int64_t x0, int64_t x1) {
@@ -53,7 +52,7 @@ void Band::pack(float* dst, int64_t n0, int64_t n1, int64_t y0, int64_t y1, int6
   columns_.place(x0, x1);
   data_ = dst;
   n0_ = n0;
-  const int64_t row_floats = columns_.size() * block_;
+  const int64_t row_floats = columns_.size() * kBlock;
   block_stride_ = (1 + (n1 - n0) * rows_.size()) * row_floats;
   for (int64_t b = 0; b < blocks_; ++b) std::memset(dst + b * block_stride_, 0, row_floats * sizeof(float));
   float* out = dst + row_floats;
@@ -70,22 +69,19 @@ void Band::pack(float* dst, int64_t n0, int64_t n1, int64_t y0, int64_t y1, int6
 void Band::pack_row(const float* src, float* dst) const {
   const auto& k = kernels().conv2d;
   const int64_t count = columns_.per_phase(), step = columns_.step();
-  for (int64_t f = 0; f < columns_.phases(); ++f, dst += count * block_) {
+  for (int64_t f = 0; f < columns_.phases(); ++f, dst += count * kBlock) {
     // Packed column j holds source column (low + j) * step + phase; those in [0, w) are j in [begin, end).
     const int64_t phase = columns_.phase(f), low = columns_.low();
     const int64_t begin = std::clamp<int64_t>(ceiling(-phase, step) - low, 0, count);
     const int64_t end = std::clamp<int64_t>(floor_divide(source_.w - 1 - phase, step) + 1 - low, begin, count);
     for (int64_t b = 0; b < blocks_; ++b) {
       float* row = dst + b * block_stride_;
-      std::memset(row, 0, begin * block_ * sizeof(float));
-      std::memset(row + end * block_, 0, (count - end) * block_ * sizeof(float));
+      std::memset(row, 0, begin * kBlock * sizeof(float));
+      std::memset(row + end * kBlock, 0, (count - end) * kBlock * sizeof(float));
     }
     if (begin == end) continue;
     const float* s = src + ((low + begin) * step + phase) * source_.pixel;
-    if (block_ == kBlock)
-      k.pack_pixels(s, step * source_.pixel, end - begin, source_.channels, dst + begin * block_, block_stride_);
-    else
-      k.pack_small_pixels(s, step * source_.pixel, end - begin, source_.channels, dst + begin * block_);
+    k.pack_pixels(s, step * source_.pixel, end - begin, source_.channels, dst + begin * kBlock, block_stride_);
   }
 }
 

@@ -1,5 +1,5 @@
 // A band: the part of a source image (or of several whole images) that a block of output pixels reads, packed so that
-//   - channels lie in blocks of `block` floats, pixel after pixel: [channel block][row][column][block];
+//   - channels lie in blocks of kBlock floats, pixel after pixel: [channel block][row][column][kBlock];
 //   - with a stride, rows and columns are sorted by phase (index mod stride), so that neighbouring outputs always read
 //     neighbouring packed pixels; phases that no tap reads are left out;
 //   - columns of padding are there as zeros, rows of padding are one shared row of zeros.
@@ -52,7 +52,7 @@ class BandAxis {
 
 class Band {
  public:
-  Band(const SourceImage& source, const AxisTaps& rows, const AxisTaps& columns, int64_t block);
+  Band(const SourceImage& source, const AxisTaps& rows, const AxisTaps& columns);
 
   int64_t max_floats(int64_t images, int64_t rows, int64_t columns) const;
   // Packs what outputs [y0, y1) x [x0, x1) of images [n0, n1) read.
@@ -65,16 +65,16 @@ class Band {
   int64_t offset(int64_t row_tap, int64_t column_tap, int64_t n, int64_t y, int64_t x) const {
     const int64_t row = rows_.index(row_tap, y);
     if (row < 0) return -1;
-    return ((1 + (n - n0_) * rows_.size() + row) * columns_.size() + columns_.index(column_tap, x)) * block_;
+    return ((1 + (n - n0_) * rows_.size() + row) * columns_.size() + columns_.index(column_tap, x)) * kBlock;
   }
   // The same place in the row of zeros.
-  int64_t zero_offset(int64_t column_tap, int64_t x) const { return columns_.index(column_tap, x) * block_; }
+  int64_t zero_offset(int64_t column_tap, int64_t x) const { return columns_.index(column_tap, x) * kBlock; }
 
  private:
   void pack_row(const float* src, float* dst) const;
   SourceImage source_;
   BandAxis rows_, columns_;
-  int64_t block_, blocks_;
+  int64_t blocks_;
   const float* data_ = nullptr;
   int64_t block_stride_ = 0, n0_ = 0;
 };

@@ -77,7 +77,7 @@ PackedWeights pack_weights(const DirectProblem& d, const Panels& panels) {
     float* dst = packed.storage.as<float>() + i * packed.panel_floats;
     const float* src = d.w.data + g * d.w.group + panel * panels.tile_k * d.w.out;
     const auto pack = [&](int64_t c, int64_t tap) {
-      const int64_t channels = std::min(d.block, ins - c), columns = d.columns.taps.size();
+      const int64_t channels = std::min(kBlock, ins - c), columns = d.columns.taps.size();
       k.pack_weights(src + c * d.w.in + d.rows.taps[tap / columns].index * d.w.row +
                          d.columns.taps[tap % columns].index * d.w.column,
                      d.w.out, d.w.in, panels.channels(panel), channels, width,
@@ -86,9 +86,9 @@ PackedWeights pack_weights(const DirectProblem& d, const Panels& panels) {
     // The order in which the weights lie in memory.
     if (d.w.in < d.w.column)
       for (int64_t tap = 0; tap < taps; ++tap)
-        for (int64_t c = 0; c < ins; c += d.block) pack(c, tap);
+        for (int64_t c = 0; c < ins; c += kBlock) pack(c, tap);
     else
-      for (int64_t c = 0; c < ins; c += d.block)
+      for (int64_t c = 0; c < ins; c += kBlock)
         for (int64_t tap = 0; tap < taps; ++tap) pack(c, tap);
   });
   return packed;
@@ -108,7 +108,7 @@ void run_panel(const DirectProblem& d, const Band& band, const BandRange& range,
   t.panel_taps = row_taps * column_taps;
   t.blocks = band.blocks();
   t.block_stride = band.block_stride();
-  t.last_channels = d.source.channels - (band.blocks() - 1) * d.block;
+  t.last_channels = d.source.channels - (band.blocks() - 1) * kBlock;
   t.w = t.next = w;
   t.bias = d.epilogue.bias ? d.epilogue.bias + channel : nullptr;
   t.low = d.epilogue.low, t.high = d.epilogue.high;
@@ -138,10 +138,10 @@ void run_panel(const DirectProblem& d, const Band& band, const BandRange& range,
                             (range.x0 + part.begin) * d.columns.out_step) *
                                d.y_pixel +
                            channel;
-        t.x_offset = part.begin * d.block;
+        t.x_offset = part.begin * kBlock;
         t.y = d.y + at;
         t.residual = d.epilogue.residual ? d.epilogue.residual + at : nullptr;
-        k.direct[d.block == kBlock ? 0 : 1][vectors - 1][rows - 1][part.end - part.begin - 1](t);
+        k.direct[vectors - 1][rows - 1][part.end - part.begin - 1](t);
       }
       y += rows;
     }
@@ -153,7 +153,7 @@ void run(const DirectProblem& d) {
   const auto& k = kernels().conv2d;
   const Panels panels{d.outs, k.tile_k, k.lanes};
   const PackedWeights weights = pack_weights(d, panels);
-  const Band shape(d.source, d.rows, d.columns, d.block);
+  const Band shape(d.source, d.rows, d.columns);
   const Blocking blocking =
       choose_blocking(shape, d.images, d.rows.outputs, d.columns.outputs, k.tile_pixels, kBandFloats);
   const int64_t panel_parts =
@@ -169,7 +169,7 @@ void run(const DirectProblem& d) {
         const BandRange range = band_range(blocking, b, d.images, d.rows.outputs, d.columns.outputs);
         SourceImage source = d.source;
         source.first_channel += g * d.source.channels;
-        Band band(source, d.rows, d.columns, d.block);
+        Band band(source, d.rows, d.columns);
         band.pack(scratch.as<float>() + thread * band_floats, range.n0, range.n1, range.y0, range.y1, range.x0,
                   range.x1);
         std::vector<DirectTile::Tap> taps(d.rows.taps.size() * d.columns.taps.size());
@@ -230,7 +230,7 @@ void run(const WeightGradientProblem& d) {
   const Panels panels{d.outs, k.tile_k, k.lanes};
   const int64_t row_taps = d.rows.taps.size(), column_taps = d.columns.taps.size(), taps = row_taps * column_taps;
   const int64_t rows = d.rows.outputs, columns = d.columns.outputs;
-  const Band shape(d.source, d.rows, d.columns, kBlock);
+  const Band shape(d.source, d.rows, d.columns);
 
   // Bands of about kGradientPixels output pixels.
   Blocking b{1, 1, columns, d.images, 1, 1};
@@ -273,7 +273,7 @@ void run(const WeightGradientProblem& d) {
         float* packed = scratch.as<float>() + thread * scratch_floats;
         SourceImage source = d.source;
         source.first_channel += g * d.source.channels;
-        Band band(source, d.rows, d.columns, kBlock);
+        Band band(source, d.rows, d.columns);
         for (int64_t j = my_bands.begin; j < my_bands.end; ++j) {
           const BandRange range = band_range(b, j, d.images, rows, columns);
           band.pack(packed, range.n0, range.n1, range.y0, range.y1, range.x0, range.x1);

@@ -33,7 +33,6 @@ struct DirectProblem {
   float* y;
   int64_t y_h, y_w, y_pixel;
   Epilogue epilogue;
-  int64_t block = kBlock;
   bool streaming = false;
 };
 void run(const DirectProblem&);

@@ -1,6 +1,7 @@
-// Few input channels (C <= 4), as in the first layer of a network. Bound by the writes of y and the reads of dy.
-// Forward is the direct engine with four floats a packed pixel and non-temporal stores; the weight gradient treats the
-// (column, channel) pairs of a kernel row as one index, because they are contiguous in a row of the image.
+// Few input channels (C <= 4), as in the first layer of a network. The (column, channel) pairs of a kernel row are one
+// run of floats in a row of the image, so forward and weight gradient read rows of x as they are, with padding added.
+// The input gradient has few outputs instead: its lanes are pixels, of dy laid out in planes, so that none is wasted.
+// Bounds: FMA, and the writes of y and reads of dy.
 #include <algorithm>
 #include <cstring>
 
@@ -12,99 +13,177 @@
 namespace fastconv::cpu::first_layer {
 namespace {
 
-// dy of a band of the weight gradient, for one panel of channels: 24 KiB.
-constexpr int64_t kSliceFloats = 6 * 1024;
+// Chunks wanted: enough for many cores, few enough that the partial sums of the weight gradient stay small.
+constexpr int64_t kChunks = 64;
+// Output pixels between loads and stores of a weight gradient's sums, at least; dy of so many stays in L2.
+constexpr int64_t kGradientPixels = 192;
+// Planes of dy that a band of the input gradient reads should stay in L2, and must stay a reasonable workspace.
+constexpr int64_t kPlaneFloats = 160 * 1024, kMaxPlaneFloats = 16 * 1024 * 1024;
+
+// Rows of outputs, or of inputs, of one image that a chunk works on.
+struct Bands {
+  int64_t images, rows, band;
+  Bands(int64_t images, int64_t rows, int64_t most)
+      : images(images), rows(rows), band(std::clamp<int64_t>(ceil_divide(images * rows, kChunks), 1, most)) {}
+  int64_t per_image() const { return ceil_divide(rows, band); }
+  int64_t count() const { return images * per_image(); }
+  int64_t image(int64_t i) const { return i / per_image(); }
+  Range range(int64_t i) const {
+    const int64_t begin = i % per_image() * band;
+    return {begin, std::min(rows, begin + band)};
+  }
+};
+
+// Rows of x with padding on both sides: the run that output q reads under a kernel row begins at q * step.
+class PaddedRows {
+ public:
+  explicit PaddedRows(const Conv2dProblem& a) : a_(a), pixels_((a.q - 1) * a.stride_w + a.s) {}
+  int64_t row_floats() const { return pixels_ * a_.c; }
+  int64_t step() const { return a_.stride_w * a_.c; }
+  int64_t output_row() const { return a_.stride_h * row_floats(); }
+  int64_t tap_row() const { return a_.dilation_h * row_floats(); }
+  int64_t rows(int64_t outputs) const { return (outputs - 1) * a_.stride_h + (a_.r - 1) * a_.dilation_h + 1; }
+
+  // What the rows of outputs [p.begin, p.end) of image n read.
+  void pack(const float* x, int64_t n, Range p, float* to) const {
+    const int64_t first = p.begin * a_.stride_h - a_.pad_top;
+    for (int64_t i = 0; i < rows(p.end - p.begin); ++i) pack_row(x, n, first + i, to + i * row_floats());
+  }
+
+ private:
+  void pack_row(const float* x, int64_t n, int64_t row, float* to) const {
+    if (row < 0 || row >= a_.h) {
+      std::memset(to, 0, row_floats() * sizeof(float));
+      return;
+    }
+    const int64_t begin = std::min(a_.pad_left, pixels_), end = std::clamp(a_.pad_left + a_.w, begin, pixels_);
+    std::memset(to, 0, begin * a_.c * sizeof(float));
+    std::memcpy(to + begin * a_.c, x + (n * a_.h + row) * a_.w * a_.c, (end - begin) * a_.c * sizeof(float));
+    std::memset(to + end * a_.c, 0, (pixels_ - end) * a_.c * sizeof(float));
+  }
+  const Conv2dProblem& a_;
+  int64_t pixels_;
+};
+
+// A panel of the weights, or of their gradient: [row][(column, channel)][width]. visit(offset in w, offset in panel)
+template <class Visit>
+void for_panel(const Conv2dProblem& a, const TensorView& w, int64_t first, int64_t channels, int64_t width,
+               Visit&& visit) {
+  for (int64_t o = 0; o < channels; ++o)
+    for (int64_t r = 0; r < a.r; ++r)
+      for (int64_t s = 0; s < a.s; ++s)
+        for (int64_t c = 0; c < a.c; ++c)
+          visit((first + o) * w.strides[0] + c * w.strides[1] + r * w.strides[2] + s * w.strides[3],
+                ((r * a.s + s) * a.c + c) * width + o);
+}
 
 }  // namespace
 
 const char* supports(const Conv2dProblem& a) {
   if (a.groups != 1) return "more than one group";
-  if (a.c > kSmallBlock) return "more than 4 input channels";
+  if (a.c > kFewChannels) return "more than 4 input channels";
+  if (a.dilation_w != 1) return "dilated columns";
+  if (a.dilation_h > 4 || a.stride_h > a.r + 4) return "rows too far apart to pack them all";
   return direct::supports(a);
 }
 
-const char* supports_backward_weight(const Conv2dProblem& a) {
-  if (a.dilation_w != 1) return "dilated columns";
-  if (a.dilation_h > 4 || a.stride_h > a.r + 4) return "rows too far apart to pack them all";
-  return supports(a);
-}
-
 void forward(const Conv2dProblem& a, const ForwardArguments& args) {
-  direct::DirectProblem d{a.n,
-                          {static_cast<const float*>(args.x), a.h, a.w, a.c, 0, a.c},
-                          forward_axis(a.p, a.r, a.stride_h, a.pad_top, a.dilation_h),
-                          forward_axis(a.q, a.s, a.stride_w, a.pad_left, a.dilation_w),
-                          1,
-                          a.k,
-                          direct::forward_weights(a, args.w),
-                          static_cast<float*>(args.y),
-                          a.p,
-                          a.q,
-                          a.k,
-                          make_epilogue(args)};
-  d.block = kSmallBlock;
-  d.streaming = worth_streaming(a.n * a.p * a.q, a.k);
-  direct::run(d);
+  const auto& k = kernels().conv2d;
+  const direct::Panels panels{a.k, k.tile_k, k.lanes};
+  const PaddedRows source(a);
+  const Bands bands(a.n, a.p, 16);
+  const int64_t taps = a.s * a.c, panel_floats = a.r * taps * k.tile_k;
+  Buffer weights(panels.count() * panel_floats * sizeof(float));
+  std::memset(weights.as<float>(), 0, panels.count() * panel_floats * sizeof(float));
+  for (int64_t i = 0; i < panels.count(); ++i)
+    for_panel(a, args.w, i * k.tile_k, panels.channels(i), panels.width(i), [&](int64_t from, int64_t to) {
+      weights.as<float>()[i * panel_floats + to] = args.w.as<float>()[from];
+    });
+
+  StripTile shape{};
+  const Epilogue epilogue = make_epilogue(args);
+  shape.x_step = source.step(), shape.x_row_step = source.tap_row();
+  shape.rows = a.r, shape.taps = taps;
+  shape.pixel_stride = a.k;
+  shape.low = epilogue.low, shape.high = epilogue.high;
+  shape.streaming = worth_streaming(a.n * a.p * a.q, a.k);
+  const int64_t tiles = ceil_divide(a.q, k.tile_pixels), scratch_floats = source.rows(bands.band) * source.row_floats();
+  const int threads = num_threads();
+  Buffer scratch(threads * scratch_floats * sizeof(float));
+  parallel_for(
+      bands.count(),
+      [&](int64_t i, int thread) {
+        const int64_t n = bands.image(i);
+        const Range rows = bands.range(i);
+        float* packed = scratch.as<float>() + thread * scratch_floats;
+        source.pack(static_cast<const float*>(args.x), n, rows, packed);
+        StripTile t = shape;
+        for (int64_t p = rows.begin; p < rows.end; ++p)
+          for (int64_t j = 0; j < tiles; ++j) {
+            const Range part = split(a.q, tiles, j);
+            t.x = packed + (p - rows.begin) * source.output_row() + part.begin * source.step();
+            for (int64_t panel = 0; panel < panels.count(); ++panel) {
+              const int64_t channel = panel * k.tile_k, at = ((n * a.p + p) * a.q + part.begin) * a.k + channel;
+              t.w = weights.as<float>() + panel * panel_floats;
+              t.y = static_cast<float*>(args.y) + at;
+              t.residual = epilogue.residual ? epilogue.residual + at : nullptr;
+              t.bias = epilogue.bias ? epilogue.bias + channel : nullptr;
+              t.channels = panels.channels(panel);
+              k.strip[panels.width(panel) / k.lanes - 1][part.end - part.begin - 1](t);
+            }
+          }
+      },
+      threads);
 }
 
 void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args) {
   const auto& k = kernels().conv2d;
-  const auto* x = static_cast<const float*>(args.x);
   const auto* dy = static_cast<const float*>(args.dy);
-  const direct::Panels panels{a.k, k.tile_k, k.lanes};
-  const int64_t taps = a.s * a.c, panel_floats = a.r * taps * k.tile_k;
-  // A padded image row: pixel -pad_left first, as many as the last output reads.
-  const int64_t row_pixels = (a.q - 1) * a.stride_w + a.s, row_floats = row_pixels * a.c;
-  // Output rows of a band, whose slice of dy should stay in L1; with one accumulator load for all of them.
-  const int64_t band = std::clamp<int64_t>(kSliceFloats / (a.q * k.tile_k), 1, a.p);
-  const int64_t bands = ceil_divide(a.p, band), units = a.n * bands;
-  const int64_t parts = std::clamp<int64_t>(units / 2, 1, 32);
-  const int64_t packed_rows = (band - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1;
-  const int64_t scratch_floats = packed_rows * row_floats + band * a.q * k.tile_k;
-
-  // Image row ih of image n, padded; rows outside the image are zeros.
-  const auto pack_row = [&](int64_t n, int64_t ih, float* to) {
-    const int64_t begin = std::min(a.pad_left, row_pixels), end = std::clamp(a.pad_left + a.w, begin, row_pixels);
-    if (ih < 0 || ih >= a.h) {
-      std::memset(to, 0, row_floats * sizeof(float));
-      return;
-    }
-    std::memset(to, 0, begin * a.c * sizeof(float));
-    std::memcpy(to + begin * a.c, x + (n * a.h + ih) * a.w * a.c, (end - begin) * a.c * sizeof(float));
-    std::memset(to + end * a.c, 0, (row_pixels - end) * a.c * sizeof(float));
-  };
-
-  const int64_t part_floats = panels.count() * panel_floats;
+  const PaddedRows source(a);
+  const Bands bands(a.n, a.p, 32);
+  const int64_t taps = a.s * a.c, panels = ceil_divide(a.k, k.lanes), panel_floats = a.r * taps * k.lanes;
+  const int64_t step_rows = std::clamp<int64_t>(kGradientPixels / a.q, 1, bands.band);
+  const int64_t parts = std::min(bands.count(), kChunks), part_floats = panels * panel_floats;
+  const int64_t x_floats = source.rows(bands.band) * source.row_floats();
+  // Channels that do not fill a vector are copied to where zeros fill it.
+  const int64_t scratch_floats = x_floats + (a.k % k.lanes == 0 ? 0 : step_rows * a.q * k.lanes);
   Buffer sums(parts * part_floats * sizeof(float));
   const int threads = num_threads();
   Buffer scratch(threads * scratch_floats * sizeof(float));
+
+  StripWeightTile shape{};
+  shape.a_step = source.step(), shape.a_row_step = source.output_row(), shape.a_tap_step = source.tap_row();
+  shape.columns = a.q;
+  shape.tap_rows = a.r, shape.taps = taps;
+  shape.acc_step = k.lanes;
   parallel_for(
       parts,
       [&](int64_t i, int thread) {
         float* acc = sums.as<float>() + i * part_floats;
         std::memset(acc, 0, part_floats * sizeof(float));
         float* packed = scratch.as<float>() + thread * scratch_floats;
-        float* slice = packed + packed_rows * row_floats;
-        const Range mine = split(units, parts, i);
-        for (int64_t unit = mine.begin; unit < mine.end; ++unit) {
-          const int64_t n = unit / bands, p0 = unit % bands * band, rows = std::min(band, a.p - p0);
-          for (int64_t j = 0; j < (rows - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1; ++j)
-            pack_row(n, p0 * a.stride_h - a.pad_top + j, packed + j * row_floats);
-          for (int64_t panel = 0; panel < panels.count(); ++panel) {
-            FirstLayerWeightTile t{};
-            t.x_step = a.stride_w * a.c, t.x_row_step = a.stride_h * row_floats;
-            t.rows = rows, t.columns = a.q;
-            t.dy = slice;
-            t.width = panels.width(panel);
-            t.taps = taps;
-            k.pack_slice(dy + (n * a.p + p0) * a.q * a.k + panel * k.tile_k, a.k, rows * a.q, panels.channels(panel),
-                         t.width, slice);
-            for (int64_t r = 0; r < a.r; ++r) {
-              t.x = packed + r * a.dilation_h * row_floats;
-              t.acc = acc + panel * panel_floats + r * taps * t.width;
-              k.first_layer_weight_tile(t);
+        StripWeightTile t = shape;
+        const Range mine = split(bands.count(), parts, i);
+        for (int64_t band = mine.begin; band < mine.end; ++band) {
+          const int64_t n = bands.image(band);
+          const Range rows = bands.range(band);
+          source.pack(static_cast<const float*>(args.x), n, rows, packed);
+          for (int64_t p = rows.begin; p < rows.end; p += step_rows)
+            for (int64_t panel = 0; panel < panels; ++panel) {
+              const int64_t valid = std::min(k.lanes, a.k - panel * k.lanes);
+              t.rows = std::min(step_rows, rows.end - p);
+              t.a = packed + (p - rows.begin) * source.output_row();
+              t.b = dy + (n * a.p + p) * a.q * a.k + panel * k.lanes;
+              t.b_step = a.k;
+              if (valid < k.lanes) {
+                k.pack_slice(t.b, a.k, t.rows * a.q, valid, k.lanes, packed + x_floats);
+                t.b = packed + x_floats;
+                t.b_step = k.lanes;
+              }
+              t.b_row_step = a.q * t.b_step;
+              t.acc = acc + panel * panel_floats;
+              k.strip_weight_tile(t);
             }
-          }
         }
       },
       threads);
@@ -112,15 +191,129 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
   auto* total = sums.as<float>();
   for (int64_t part = 1; part < parts; ++part)
     for (int64_t j = 0; j < part_floats; ++j) total[j] += total[part * part_floats + j];
-  const auto& stride = args.dw.strides;
-  for (int64_t o = 0; o < a.k; ++o) {
-    const int64_t panel = o / k.tile_k, width = panels.width(panel);
-    for (int64_t r = 0; r < a.r; ++r)
-      for (int64_t s = 0; s < a.s; ++s)
-        for (int64_t c = 0; c < a.c; ++c)
-          args.dw.as<float>()[o * stride[0] + c * stride[1] + r * stride[2] + s * stride[3]] =
-              total[panel * panel_floats + (r * taps + s * a.c + c) * width + o % k.tile_k];
+  for (int64_t i = 0; i < panels; ++i)
+    for_panel(a, args.dw, i * k.lanes, std::min(k.lanes, a.k - i * k.lanes), k.lanes, [&](int64_t to, int64_t from) {
+      args.dw.as<float>()[to] = total[i * panel_floats + from];
+    });
+}
+
+namespace {
+
+// dy as the input gradient reads it: rows of planes [k][pixels], with zeros where a tap reaches outside.
+struct Planes {
+  int64_t left, width;  // columns of zeros before the first pixel; floats of a row of one plane
+  int64_t row_floats;   // all planes, and what packing the last one overwrites
+  Planes(const Conv2dProblem& a, const std::vector<AxisTaps>& columns, int64_t lanes) : left(0), width(a.q) {
+    for (const AxisTaps& axis : columns)
+      for (const auto& tap : axis.taps) left = std::max(left, -tap.offset);
+    for (const AxisTaps& axis : columns)
+      for (const auto& tap : axis.taps)
+        width = std::max(width, left + tap.offset + ceil_divide(axis.outputs, lanes) * lanes);
+    width = ceil_divide(std::max(width, left + a.q), lanes) * lanes;
+    row_floats = a.k * width + left;
   }
+};
+
+// Rows of dy that rows [begin, end) of dx read.
+Range source_rows(const std::vector<AxisTaps>& axes, Range rows, int64_t size) {
+  int64_t first = size, last = 0;
+  for (const AxisTaps& axis : axes)
+    for (const auto& tap : axis.taps) {
+      // Outputs j of this phase within the rows.
+      const int64_t low = std::max<int64_t>(ceil_divide(std::max<int64_t>(rows.begin - axis.out_first, 0), axis.out_step), 0);
+      const int64_t high = rows.end > axis.out_first ? ceil_divide(rows.end - axis.out_first, axis.out_step) : 0;
+      if (low >= high) continue;
+      first = std::min(first, low + tap.offset);
+      last = std::max(last, high + tap.offset);
+    }
+  first = std::max<int64_t>(first, 0);
+  return {first, std::max(first, std::min(last, size))};
+}
+
+// The most rows of dy that `rows` rows of dx read.
+int64_t most_source_rows(const Conv2dProblem& a, int64_t rows) {
+  return std::min(a.p, (rows - 1 + (a.r - 1) * a.dilation_h) / a.stride_h + 1);
+}
+
+}  // namespace
+
+const char* supports_backward_input(const Conv2dProblem& a) {
+  if (const char* why = supports(a)) return why;
+  const int64_t width = a.q + a.s + 2 * a.pad_left + a.w + 16;
+  if (most_source_rows(a, 1) > kMaxPlaneFloats / (a.k * width)) return "the rows of dy under a kernel are too large";
+  return nullptr;
+}
+
+void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) {
+  const auto& k = kernels().conv2d;
+  const auto* dy = static_cast<const float*>(args.dy);
+  const auto row_axes = backward_axes(a.h, a.r, a.stride_h, a.pad_top, a.dilation_h);
+  const auto column_axes = backward_axes(a.w, a.s, a.stride_w, a.pad_left, a.dilation_w);
+  const Planes planes(a, column_axes, k.lanes);
+  int64_t most = a.h;
+  while (most > 1 && most_source_rows(a, most) * planes.row_floats > kPlaneFloats) most = (most + 1) / 2;
+  const Bands bands(a.n, a.h, most);
+
+  // [k][r][s][c], so that a tap is a run of channels
+  Buffer weights(a.k * a.r * a.s * a.c * sizeof(float));
+  for (int64_t o = 0; o < a.k; ++o)
+    for_panel(a, args.w, o, 1, 1, [&](int64_t from, int64_t to) {
+      weights.as<float>()[o * a.r * a.s * a.c + to] = args.w.as<float>()[from];
+    });
+
+  const int64_t most_vectors = k.planar_vectors[a.c - 1], row_floats = ceil_divide(a.w, k.lanes) * k.lanes;
+  const int64_t plane_floats = most_source_rows(a, bands.band) * planes.row_floats;
+  const int64_t scratch_floats = plane_floats + a.c * row_floats;
+  const int threads = num_threads();
+  Buffer scratch(threads * scratch_floats * sizeof(float));
+  PlanarTile shape{};
+  shape.x_step = planes.width, shape.planes = a.k;
+  shape.w = weights.as<float>(), shape.w_step = a.r * a.s * a.c;
+  shape.channels = a.c;
+  shape.y_step = row_floats;
+
+  parallel_for(
+      bands.count(),
+      [&](int64_t i, int thread) {
+        const int64_t n = bands.image(i);
+        const Range rows = bands.range(i), from = source_rows(row_axes, rows, a.p);
+        float *packed = scratch.as<float>() + thread * scratch_floats, *row = packed + plane_floats;
+        for (int64_t p = from.begin; p < from.end; ++p) {
+          float* to = packed + (p - from.begin) * planes.row_floats;
+          std::memset(to, 0, planes.left * sizeof(float));
+          // Zeros beyond the last pixel reach over the next plane's zeros on the left.
+          k.pack_weights(dy + (n * a.p + p) * a.q * a.k, a.k, 1, a.q, a.k, planes.width, to + planes.left);
+        }
+        std::vector<PlanarTile::Tap> taps(a.r * a.s);
+        PlanarTile t = shape;
+        t.taps = taps.data();
+        for (int64_t y = rows.begin; y < rows.end; ++y) {
+          const AxisTaps& row_axis = row_axes[y % a.stride_h];
+          float* dx = static_cast<float*>(args.dx) + (n * a.h + y) * a.w * a.c;
+          for (const AxisTaps& axis : column_axes) {
+            t.tap_count = 0;
+            for (const auto& r : row_axis.taps) {
+              const int64_t p = y / a.stride_h + r.offset;
+              if (p < 0 || p >= a.p) continue;
+              for (const auto& s : axis.taps)
+                taps[t.tap_count++] = {(p - from.begin) * planes.row_floats + planes.left + s.offset,
+                                       (r.index * a.s + s.index) * a.c};
+            }
+            const int64_t vectors = ceil_divide(axis.outputs, k.lanes), tiles = ceil_divide(vectors, most_vectors);
+            for (int64_t j = 0; j < tiles; ++j) {
+              const Range part = split(vectors, tiles, j);
+              t.x = packed + part.begin * k.lanes;
+              t.y = row + part.begin * k.lanes;
+              t.vectors = part.end - part.begin;
+              k.planar_tile(t);
+            }
+            for (int64_t x = 0; x < axis.outputs; ++x)
+              for (int64_t c = 0; c < a.c; ++c)
+                dx[(axis.out_first + x * axis.out_step) * a.c + c] = row[c * row_floats + x];
+          }
+        }
+      },
+      threads);
 }
 
 }  // namespace fastconv::cpu::first_layer

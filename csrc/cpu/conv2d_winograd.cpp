@@ -194,7 +194,7 @@ void multiply(const Tiles& tiles, Range mine, const Block& v, int64_t channels, 
       const int64_t first = here.begin + part.begin;
       tap.x[0] = v.data + p * v.position + (first - v.tiles.begin) * kBlock;
       t.y = m.data + p * m.position + (first - m.tiles.begin) * width;
-      k.direct[0][width / k.lanes - 1][0][part.end - part.begin - 1](t);
+      k.direct[width / k.lanes - 1][0][part.end - part.begin - 1](t);
     }
   }
 }

@@ -8,8 +8,8 @@ namespace fastconv::cpu {
 // Channels are packed in blocks of this many floats (a cache line), so that neighbouring pixels of a packed band are at
 // a distance known at compile time.
 constexpr int64_t kBlock = 16;
-// First layers (C <= 4) pack a pixel into this many floats.
-constexpr int64_t kSmallBlock = 4;
+// Channels of the input of a first layer, at most.
+constexpr int64_t kFewChannels = 4;
 
 // What is done to a finished sum before it is stored: y = clamp(sum + bias + residual, low, high).
 struct Epilogue {
@@ -18,8 +18,19 @@ struct Epilogue {
   float low = -__builtin_inff(), high = __builtin_inff();
 };
 
+// Where the sums of a register tile go: rows x pixels outputs of some channels.
+struct TileOutput {
+  float* y;                          // first pixel, first channel of the tile
+  const float* residual;             // the same place of the residual, or null
+  const float* bias;                 // first channel, or null
+  int64_t row_stride, pixel_stride;  // of y and residual
+  int64_t channels;                  // channels to store, <= tile_k
+  float low, high;
+  bool streaming;  // non-temporal stores; y and pixel_stride aligned to a vector
+};
+
 // One register tile of a direct convolution: rows x pixels outputs of tile_k channels.
-struct DirectTile {
+struct DirectTile : TileOutput {
   struct Tap {
     const float* x[2];  // packed input under this tap for the tile's first pixel, of each row
     int64_t index;      // which of the panel's taps it is
@@ -33,13 +44,6 @@ struct DirectTile {
   int64_t last_channels;             // channels in the last block
   const float* w;                    // panel [block][tap][channel][vectors * lanes]
   const float* next;                 // the panel wanted next: one vector * lanes of it is prefetched a step
-  float* y;                          // first pixel, first channel of the tile
-  const float* residual;             // the same place of the residual, or null
-  const float* bias;                 // first channel, or null
-  int64_t row_stride, pixel_stride;  // of y and residual
-  int64_t channels;                  // channels to store, <= tile_k
-  float low, high;
-  bool streaming;  // non-temporal stores; y and pixel_stride aligned to a vector
 };
 using DirectTileFunction = void (*)(const DirectTile&);
 
@@ -55,16 +59,44 @@ struct WeightTile {
   float* acc;                  // [kBlock][width]
 };
 
-// Weight gradient of a first layer for one kernel row: acc[j][0..width) += sum over pixels x[pixel * x_step + j]
-// dy[pixel].
-struct FirstLayerWeightTile {
+// A tile of outputs, each of which reads one run ("strip") of floats in each of several rows:
+// y[p] = sum over r < rows, j < taps of x[r * x_row_step + p * x_step + j] w[r][j]
+struct StripTile : TileOutput {
   const float* x;
-  int64_t x_step, x_row_step;  // between neighbouring outputs of a row; between output rows
-  int64_t rows, columns;
-  const float* dy;  // [rows * columns][width], packed
-  int64_t width;    // lanes or 2 * lanes
-  int64_t taps;     // j < taps: (kernel columns) x (channels)
-  float* acc;       // [taps][width]
+  int64_t x_step, x_row_step;
+  int64_t rows, taps;
+  const float* w;  // [rows][taps][vectors * lanes]
+};
+using StripTileFunction = void (*)(const StripTile&);
+
+// The gradient of a strip's weights, one vector of lanes:
+// acc[r][j][lane] += sum over pixels of a[pixel + r * a_tap_step + j] b[pixel + lane]
+struct StripWeightTile {
+  const float* a;
+  int64_t a_step, a_row_step, a_tap_step;  // between pixels of a row; rows of pixels; rows r
+  const float* b;
+  int64_t b_step, b_row_step;  // between pixels of a row; rows of pixels
+  int64_t rows, columns;       // pixels
+  int64_t tap_rows, taps;      // r < tap_rows, j < taps
+  float* acc;
+  int64_t acc_step;  // from one j to the next; those of r follow each other
+};
+
+// Outputs along a row of planes: y[c][p] = sum over planes k and taps of x[k * x_step + tap.x + p] w[k][tap.w + c]
+struct PlanarTile {
+  struct Tap {
+    int64_t x, w;
+  };
+  const Tap* taps;
+  int64_t tap_count;
+  const float* x;
+  int64_t x_step, planes;
+  const float* w;
+  int64_t w_step;    // between planes
+  int64_t channels;  // <= kFewChannels
+  int64_t vectors;   // of outputs, <= planar_vectors[channels - 1]
+  float* y;
+  int64_t y_step;  // between channels
 };
 
 // One row of a depthwise convolution:
@@ -104,13 +136,12 @@ struct Conv2dKernels {
   int64_t lanes;
   int64_t tile_pixels;  // pixels of a direct tile: rows * pixels <= tile_pixels
   int64_t tile_k;       // channels of a direct tile
-  // [channel block: kBlock, kSmallBlock][vectors - 1][rows - 1][pixels - 1]; null beyond tile_pixels
-  DirectTileFunction direct[2][2][2][16];
-  // dst[block * block_stride + p * kBlock + i] = src[p * src_step + block * kBlock + i], zero beyond channels. A pixel
-  // of at most kSmallBlock channels packed for a first layer is the same with kSmallBlock floats and no zeros.
+  // [vectors - 1][rows - 1][pixels - 1]; null beyond tile_pixels
+  DirectTileFunction direct[2][2][16];
+  StripTileFunction strip[2][16];  // [vectors - 1][pixels - 1]; null beyond tile_pixels
+  // dst[block * block_stride + p * kBlock + i] = src[p * src_step + block * kBlock + i], zero beyond channels
   void (*pack_pixels)(const float* src, int64_t src_step, int64_t pixels, int64_t channels, float* dst,
                       int64_t block_stride);
-  void (*pack_small_pixels)(const float* src, int64_t src_step, int64_t pixels, int64_t channels, float* dst);
   // dst[p * width + i] = src[p * src_step + i] for i < valid, zero up to width
   void (*pack_slice)(const float* src, int64_t src_step, int64_t pixels, int64_t valid, int64_t width, float* dst);
   // One block of a weight panel: dst[i * width + o] = src[o * out_step + i * in_step], o < outs, i < ins; zero for
@@ -121,7 +152,9 @@ struct Conv2dKernels {
   void (*unpack_weights)(const float* src, int64_t width, int64_t outs, int64_t ins, float* dst, int64_t out_step,
                          int64_t in_step);
   void (*weight_tile)(const WeightTile&);
-  void (*first_layer_weight_tile)(const FirstLayerWeightTile&);
+  void (*strip_weight_tile)(const StripWeightTile&);
+  int64_t planar_vectors[kFewChannels];
+  void (*planar_tile)(const PlanarTile&);
   void (*depthwise_row)(const DepthwiseRow&);
   void (*depthwise_weight_row)(const DepthwiseWeightRow&);
 };

@@ -8,65 +8,9 @@ namespace {
 
 constexpr int kTileVectors = 2;
 
-// direct_tile: y[ROWS*P][V*lanes] = sum over blocks, taps, channels of x[pixel][channel] * w[channel][V*lanes].
-//   x  packed pixels BLOCK floats apart, so a pixel is a displacement of its row's pointer
-//   w  one panel, read once from front to back
-// Registers: ROWS*P*V accumulators + V weights + 1 broadcast.
-// Bound: FMA; ROWS*P*V FMAs against ROWS*P + V loads a step.
-// Tails: the panel is zero-padded in k; the last block runs its own number of channels; only the store looks at k.
-template <int BLOCK, int V, int ROWS, int P> void direct_tile(const DirectTile& t) {
-  constexpr int W = V * kLanes;
-  Vec acc[ROWS * P][V];
-#pragma GCC unroll 32
-  for (int p = 0; p < ROWS * P; ++p)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) acc[p][v] = zero();
-
-  for (int64_t b = 0; b < t.blocks; ++b) {
-    const int64_t channels = b + 1 < t.blocks ? BLOCK : t.last_channels;
-    const float* panel = t.w + b * t.panel_taps * BLOCK * W;
-    for (int64_t i = 0; i < t.tap_count; ++i) {
-      const float* x0 = t.taps[i].x[0] + t.x_offset + b * t.block_stride;
-      const float* x1 = ROWS > 1 ? t.taps[i].x[1] + t.x_offset + b * t.block_stride : nullptr;
-      const float* w = panel + t.taps[i].index * channels * W;
-      const float* next = t.next + (w - t.w);
-      const auto step = [&](int64_t c) __attribute__((always_inline)) {
-        Vec weights[V];
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) weights[v] = load(w + c * W + v * kLanes);
-        if constexpr (BLOCK == kBlock) {
-#pragma GCC unroll 2
-          for (int i = 0; i < W; i += kBlock) prefetch_l2(next + c * W + i);
-          prefetch(x0 + t.block_stride + c * BLOCK);
-        }
-#pragma GCC unroll 16
-        for (int p = 0; p < P; ++p) {
-          const Vec x = set1(x0[p * BLOCK + c]);
-#pragma GCC unroll 2
-          for (int v = 0; v < V; ++v) acc[p][v] = fma(x, weights[v], acc[p][v]);
-        }
-        if constexpr (ROWS > 1) {
-#pragma GCC unroll 16
-          for (int p = 0; p < P; ++p) {
-            const Vec x = set1(x1[p * BLOCK + c]);
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) acc[P + p][v] = fma(x, weights[v], acc[P + p][v]);
-          }
-        }
-      };
-      if (channels == BLOCK) {
-#pragma GCC unroll 2
-        for (int64_t c = 0; c < BLOCK; ++c) step(c);
-      } else if (BLOCK == kSmallBlock && channels == 3) {  // colour images
-#pragma GCC unroll 3
-        for (int64_t c = 0; c < 3; ++c) step(c);
-      } else {
-#pragma GCC unroll 1
-        for (int64_t c = 0; c < channels; ++c) step(c);
-      }
-    }
-  }
-
+// Sums of ROWS x P pixels and V vectors, finished and stored.
+template <int V, int ROWS, int P>
+__attribute__((always_inline)) inline void store_tile(const Vec (&sums)[ROWS * P][V], const TileOutput& t) {
   const Vec low = set1(t.low), high = set1(t.high);
   const bool plain = !t.bias && !t.residual && t.low == -__builtin_inff() && t.high == __builtin_inff();
 #pragma GCC unroll 2
@@ -80,7 +24,7 @@ template <int BLOCK, int V, int ROWS, int P> void direct_tile(const DirectTile& 
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) {
         const int64_t at = r * t.row_stride + p * t.pixel_stride + v * kLanes;
-        Vec sum = acc[r * P + p][v];
+        Vec sum = sums[r * P + p][v];
         if (!plain) {
           sum = add(sum, bias);
           if (t.residual) sum = add(sum, full ? load(t.residual + at) : load_first(t.residual + at, n));
@@ -94,6 +38,63 @@ template <int BLOCK, int V, int ROWS, int P> void direct_tile(const DirectTile& 
           store(t.y + at, sum);
       }
   }
+}
+
+// direct_tile: y[ROWS*P][V*lanes] = sum over blocks, taps, channels of x[pixel][channel] * w[channel][V*lanes].
+//   x  packed pixels kBlock floats apart, so a pixel is a displacement of its row's pointer
+//   w  one panel, read once from front to back
+// Registers: ROWS*P*V accumulators + V weights + 1 broadcast.
+// Bound: FMA; ROWS*P*V FMAs against ROWS*P + V loads a step.
+// Tails: the panel is zero-padded in k; the last block runs its own number of channels; only the store looks at k.
+template <int V, int ROWS, int P> void direct_tile(const DirectTile& t) {
+  constexpr int W = V * kLanes;
+  Vec acc[ROWS * P][V];
+#pragma GCC unroll 32
+  for (int p = 0; p < ROWS * P; ++p)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[p][v] = zero();
+
+  for (int64_t b = 0; b < t.blocks; ++b) {
+    const int64_t channels = b + 1 < t.blocks ? kBlock : t.last_channels;
+    const float* panel = t.w + b * t.panel_taps * kBlock * W;
+    for (int64_t i = 0; i < t.tap_count; ++i) {
+      const float* x0 = t.taps[i].x[0] + t.x_offset + b * t.block_stride;
+      const float* x1 = ROWS > 1 ? t.taps[i].x[1] + t.x_offset + b * t.block_stride : nullptr;
+      const float* w = panel + t.taps[i].index * channels * W;
+      const float* next = t.next + (w - t.w);
+      const auto step = [&](int64_t c) __attribute__((always_inline)) {
+        Vec weights[V];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) weights[v] = load(w + c * W + v * kLanes);
+#pragma GCC unroll 2
+        for (int j = 0; j < W; j += kBlock) prefetch_l2(next + c * W + j);
+        prefetch(x0 + t.block_stride + c * kBlock);
+#pragma GCC unroll 16
+        for (int p = 0; p < P; ++p) {
+          const Vec x = set1(x0[p * kBlock + c]);
+#pragma GCC unroll 2
+          for (int v = 0; v < V; ++v) acc[p][v] = fma(x, weights[v], acc[p][v]);
+        }
+        if constexpr (ROWS > 1) {
+#pragma GCC unroll 16
+          for (int p = 0; p < P; ++p) {
+            const Vec x = set1(x1[p * kBlock + c]);
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) acc[P + p][v] = fma(x, weights[v], acc[P + p][v]);
+          }
+        }
+      };
+      if (channels == kBlock) {
+#pragma GCC unroll 2
+        for (int64_t c = 0; c < kBlock; ++c) step(c);
+      } else {
+#pragma GCC unroll 1
+        for (int64_t c = 0; c < channels; ++c) step(c);
+      }
+    }
+  }
+
+  store_tile<V, ROWS, P>(acc, t);
 }
 
 void pack_pixels(const float* src, int64_t src_step, int64_t pixels, int64_t channels, float* dst,
@@ -118,11 +119,6 @@ void pack_slice(const float* src, int64_t src_step, int64_t pixels, int64_t vali
       const int64_t n = valid - i;
       store(dst + i, n >= kLanes ? load(src + i) : n > 0 ? load_first(src + i, n) : zero());
     }
-}
-
-void pack_small_pixels(const float* src, int64_t src_step, int64_t pixels, int64_t channels, float* dst) {
-  for (int64_t p = 0; p < pixels; ++p)
-    for (int64_t c = 0; c < channels; ++c) dst[p * kSmallBlock + c] = src[p * src_step + c];
 }
 
 // dst[i * dst_step + j] = src[j * src_step + i] for a square of kLanes: rows i and i + L/2 are zipped, log2(L) times.
@@ -156,15 +152,20 @@ inline void transpose_square(const float* src, int64_t src_step, float* dst, int
   for (int i = 0; i < kLanes; ++i) store(dst + i * dst_step, rows[i]);
 }
 
+// Squares that cover outs x ins, the last of a row or column overlapping its neighbour; false where there is no room
+// for one. body(o, i)
+template <class Body> inline bool for_squares(int64_t outs, int64_t ins, Body&& body) {
+  if (outs < kLanes || ins < kLanes) return false;
+  for (int64_t o = 0; o < outs; o += kLanes)
+    for (int64_t i = 0; i < ins; i += kLanes)
+      body(o + kLanes <= outs ? o : outs - kLanes, i + kLanes <= ins ? i : ins - kLanes);
+  return true;
+}
+
 // Rows of the weights are often a multiple of 4 KiB apart, so a loop that takes one element of each in turn would miss
 // L1 every time; squares read each cache line once.
 void pack_weights(const float* src, int64_t out_step, int64_t in_step, int64_t outs, int64_t ins, int64_t width,
                   float* dst) {
-  const bool squares = in_step == 1 && out_step != 1;
-  const int64_t square_outs = squares ? outs / kLanes * kLanes : 0, square_ins = squares ? ins / kLanes * kLanes : 0;
-  for (int64_t o = 0; o < square_outs; o += kLanes)
-    for (int64_t i = 0; i < square_ins; i += kLanes)
-      transpose_square(src + o * out_step + i, out_step, dst + i * width + o, width);
   if (out_step == 1) {
     for (int64_t i = 0; i < ins; ++i) {
       for (int64_t o = 0; o < width; o += kBlock) prefetch(src + (i + 8) * in_step + o);
@@ -172,23 +173,23 @@ void pack_weights(const float* src, int64_t out_step, int64_t in_step, int64_t o
     }
     return;
   }
-  for (int64_t o = 0; o < outs; ++o)
-    for (int64_t i = o < square_outs ? square_ins : 0; i < ins; ++i)
-      dst[i * width + o] = src[o * out_step + i * in_step];
+  if (in_step != 1 || !for_squares(outs, ins, [&](int64_t o, int64_t i) {
+        transpose_square(src + o * out_step + i, out_step, dst + i * width + o, width);
+      }))
+    for (int64_t o = 0; o < outs; ++o)
+      for (int64_t i = 0; i < ins; ++i) dst[i * width + o] = src[o * out_step + i * in_step];
   for (int64_t i = 0; i < ins; ++i)
     for (int64_t o = outs; o < width; ++o) dst[i * width + o] = 0.0f;
 }
 
 void unpack_weights(const float* src, int64_t width, int64_t outs, int64_t ins, float* dst, int64_t out_step,
                     int64_t in_step) {
-  const bool squares = in_step == 1;
-  const int64_t square_outs = squares ? outs / kLanes * kLanes : 0, square_ins = squares ? ins / kLanes * kLanes : 0;
-  for (int64_t o = 0; o < square_outs; o += kLanes)
-    for (int64_t i = 0; i < square_ins; i += kLanes)
-      transpose_square(src + i * width + o, width, dst + o * out_step + i, out_step);
+  if (in_step == 1 && for_squares(outs, ins, [&](int64_t o, int64_t i) {
+        transpose_square(src + i * width + o, width, dst + o * out_step + i, out_step);
+      }))
+    return;
   for (int64_t o = 0; o < outs; ++o)
-    for (int64_t i = o < square_outs ? square_ins : 0; i < ins; ++i)
-      dst[o * out_step + i * in_step] = src[i * width + o];
+    for (int64_t i = 0; i < ins; ++i) dst[o * out_step + i * in_step] = src[i * width + o];
 }
 
 // weight_tile: C channels x V vectors of one tap's weight gradient, summed over a band of pixels.
@@ -233,78 +234,19 @@ void weight_tile(const WeightTile& t) {
       weight_tile_part<kTileChannels, 2>(t, c);
 }
 
-// first_layer_weight: J (column, channel) pairs x V vectors of one kernel row, summed over a band of pixels.
-// Registers and bound as weight_tile.
-template <int J, int V> void first_layer_weight_part(const FirstLayerWeightTile& t, int64_t j0) {
-  constexpr int W = V * kLanes;
-  Vec acc[J][V];
-  float* out = t.acc + j0 * W;
-#pragma GCC unroll 16
-  for (int j = 0; j < J; ++j)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) acc[j][v] = load(out + j * W + v * kLanes);
-  const float* dy = t.dy;
-  for (int64_t r = 0; r < t.rows; ++r) {
-    const float* x = t.x + r * t.x_row_step + j0;
-#pragma GCC unroll 2
-    for (int64_t q = 0; q < t.columns; ++q, x += t.x_step, dy += W) {
-      Vec g[V];
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) g[v] = load(dy + v * kLanes);
-#pragma GCC unroll 16
-      for (int j = 0; j < J; ++j) {
-        const Vec a = set1(x[j]);
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) acc[j][v] = fma(a, g[v], acc[j][v]);
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int j = 0; j < J; ++j)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) store(out + j * W + v * kLanes, acc[j][v]);
-}
-
-// The taps of a kernel row are cut into parts of at most kFirstTaps pairs of accumulators.
-constexpr int kFirstTaps = kTilePixels > 12 ? 12 : kTilePixels;
-
-template <int V, int J = kFirstTaps>
-void first_layer_weight_dispatch(const FirstLayerWeightTile& t, int64_t j0, int64_t taps) {
-  if (taps == J) return first_layer_weight_part<J, V>(t, j0);
-  if constexpr (J > 1) first_layer_weight_dispatch<V, J - 1>(t, j0, taps);
-}
-
-void first_layer_weight_tile(const FirstLayerWeightTile& t) {
-  const int64_t parts = (t.taps + kFirstTaps - 1) / kFirstTaps;
-  for (int64_t i = 0, j = 0; i < parts; ++i) {
-    const int64_t taps = (t.taps - j + parts - i - 1) / (parts - i);
-    if (t.width == kLanes)
-      first_layer_weight_dispatch<1>(t, j, taps);
-    else
-      first_layer_weight_dispatch<2>(t, j, taps);
-    j += taps;
-  }
-}
-
-template <int BLOCK, int V, int ROWS, int P> constexpr DirectTileFunction direct_or_null() {
+template <int V, int ROWS, int P> constexpr DirectTileFunction direct_or_null() {
   if constexpr (ROWS * P <= kTilePixels)
-    return &direct_tile<BLOCK, V, ROWS, P>;
+    return &direct_tile<V, ROWS, P>;
   else
     return nullptr;
 }
 
-#define FC_DIRECT_ROW(B, V, R) \
+#define FC_DIRECT_ROW(V, R) \
   { \
-      direct_or_null<B, V, R, 1>(),  direct_or_null<B, V, R, 2>(),  direct_or_null<B, V, R, 3>(), \
-      direct_or_null<B, V, R, 4>(),  direct_or_null<B, V, R, 5>(),  direct_or_null<B, V, R, 6>(), \
-      direct_or_null<B, V, R, 7>(),  direct_or_null<B, V, R, 8>(),  direct_or_null<B, V, R, 9>(), \
-      direct_or_null<B, V, R, 10>(), direct_or_null<B, V, R, 11>(), direct_or_null<B, V, R, 12>(), \
-      direct_or_null<B, V, R, 13>(), direct_or_null<B, V, R, 14>(), direct_or_null<B, V, R, 15>(), \
-      direct_or_null<B, V, R, 16>(), \
-  }
-#define FC_DIRECT_BLOCK(B) \
-  { \
-    {FC_DIRECT_ROW(B, 1, 1), FC_DIRECT_ROW(B, 1, 2)}, { FC_DIRECT_ROW(B, 2, 1), FC_DIRECT_ROW(B, 2, 2) } \
+    direct_or_null<V, R, 1>(), direct_or_null<V, R, 2>(), direct_or_null<V, R, 3>(), direct_or_null<V, R, 4>(), \
+    direct_or_null<V, R, 5>(), direct_or_null<V, R, 6>(), direct_or_null<V, R, 7>(), direct_or_null<V, R, 8>(), \
+    direct_or_null<V, R, 9>(), direct_or_null<V, R, 10>(), direct_or_null<V, R, 11>(), direct_or_null<V, R, 12>(), \
+    direct_or_null<V, R, 13>(), direct_or_null<V, R, 14>(), direct_or_null<V, R, 15>(), direct_or_null<V, R, 16>(), \
   }
 
 }  // namespace

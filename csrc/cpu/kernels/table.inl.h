@@ -9,6 +9,7 @@
 #include "cpu/kernels/optimizer.inl.h"
 #include "cpu/kernels/pool2d.inl.h"
 #include "cpu/kernels/roofline.inl.h"
+#include "cpu/kernels/strip.inl.h"
 #include "cpu/kernels/table.h"
 #include "cpu/kernels/winograd.inl.h"
 
@@ -20,14 +21,16 @@ constexpr Conv2dKernels conv2d_kernels() {
       kLanes,
       kTilePixels,
       kTileVectors * kLanes,
-      {FC_DIRECT_BLOCK(kBlock), FC_DIRECT_BLOCK(kSmallBlock)},
+      {{FC_DIRECT_ROW(1, 1), FC_DIRECT_ROW(1, 2)}, {FC_DIRECT_ROW(2, 1), FC_DIRECT_ROW(2, 2)}},
+      {FC_STRIP_ROW(1), FC_STRIP_ROW(2)},
       pack_pixels,
-      pack_small_pixels,
       pack_slice,
       pack_weights,
       unpack_weights,
       weight_tile,
-      first_layer_weight_tile,
+      strip_weight_tile,
+      {planar_vectors<1>(), planar_vectors<2>(), planar_vectors<3>(), planar_vectors<4>()},
+      planar_tile,
       depthwise_row,
       depthwise_weight_row,
   };
