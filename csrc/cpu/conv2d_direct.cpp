@@ -59,41 +59,6 @@ BandRange band_range(const Blocking& b, int64_t i, int64_t images, int64_t rows,
           column * b.columns, std::min(columns, (column + 1) * b.columns)};
 }
 
-struct PackedWeights {
-  Buffer storage;
-  int64_t panel_floats;
-  const float* panel(int64_t i) const { return storage.as<float>() + i * panel_floats; }
-};
-
-// [group][panel][channel block][tap][channel][width]
-PackedWeights pack_weights(const DirectProblem& d, const Panels& panels) {
-  const auto& k = kernels().conv2d;
-  const int64_t taps = d.rows.taps.size() * d.columns.taps.size(), ins = d.source.channels;
-  PackedWeights packed{
-      Buffer(std::max<int64_t>(d.groups * panels.count() * taps * ins * panels.tile_k, 1) * sizeof(float)),
-      taps * ins * panels.tile_k};
-  parallel_for(d.groups * panels.count(), [&](int64_t i, int) {
-    const int64_t g = i / panels.count(), panel = i % panels.count(), width = panels.width(panel);
-    float* dst = packed.storage.as<float>() + i * packed.panel_floats;
-    const float* src = d.w.data + g * d.w.group + panel * panels.tile_k * d.w.out;
-    const auto pack = [&](int64_t c, int64_t tap) {
-      const int64_t channels = std::min(kBlock, ins - c), columns = d.columns.taps.size();
-      k.pack_weights(src + c * d.w.in + d.rows.taps[tap / columns].index * d.w.row +
-                         d.columns.taps[tap % columns].index * d.w.column,
-                     d.w.out, d.w.in, panels.channels(panel), channels, width,
-                     dst + (c * taps + tap * channels) * width);
-    };
-    // The order in which the weights lie in memory.
-    if (d.w.in < d.w.column)
-      for (int64_t tap = 0; tap < taps; ++tap)
-        for (int64_t c = 0; c < ins; c += kBlock) pack(c, tap);
-    else
-      for (int64_t c = 0; c < ins; c += kBlock)
-        for (int64_t tap = 0; tap < taps; ++tap) pack(c, tap);
-  });
-  return packed;
-}
-
 // All output pixels of one band for one panel of channels.
 void run_panel(const DirectProblem& d, const Band& band, const BandRange& range, const float* w, int64_t g,
                int64_t panel, const Panels& panels, std::vector<DirectTile::Tap>& taps) {
@@ -149,10 +114,37 @@ void run_panel(const DirectProblem& d, const Band& band, const BandRange& range,
 
 }  // namespace
 
+PackedWeights pack_weights(const WeightView& w, int64_t groups, int64_t outs, int64_t ins,
+                           const std::vector<AxisTaps::Tap>& rows, const std::vector<AxisTaps::Tap>& columns) {
+  const auto& k = kernels().conv2d;
+  const Panels panels{outs, k.tile_k, k.lanes};
+  const int64_t taps = rows.size() * columns.size();
+  PackedWeights packed{Buffer(std::max<int64_t>(groups * panels.count() * taps * ins * k.tile_k, 1) * sizeof(float)),
+                       taps * ins * k.tile_k};
+  parallel_for(groups * panels.count(), [&](int64_t i, int) {
+    const int64_t g = i / panels.count(), panel = i % panels.count(), width = panels.width(panel);
+    float* dst = packed.storage.as<float>() + i * packed.panel_floats;
+    const float* src = w.data + g * w.group + panel * k.tile_k * w.out;
+    const auto pack = [&](int64_t c, int64_t tap) {
+      const int64_t channels = std::min(kBlock, ins - c), row = tap / columns.size(), column = tap % columns.size();
+      k.pack_weights(src + c * w.in + rows[row].index * w.row + columns[column].index * w.column, w.out, w.in,
+                     panels.channels(panel), channels, width, dst + (c * taps + tap * channels) * width);
+    };
+    // The order in which the weights lie in memory.
+    if (w.in < w.column)
+      for (int64_t tap = 0; tap < taps; ++tap)
+        for (int64_t c = 0; c < ins; c += kBlock) pack(c, tap);
+    else
+      for (int64_t c = 0; c < ins; c += kBlock)
+        for (int64_t tap = 0; tap < taps; ++tap) pack(c, tap);
+  });
+  return packed;
+}
+
 void run(const DirectProblem& d) {
   const auto& k = kernels().conv2d;
   const Panels panels{d.outs, k.tile_k, k.lanes};
-  const PackedWeights weights = pack_weights(d, panels);
+  const PackedWeights weights = pack_weights(d.w, d.groups, d.outs, d.source.channels, d.rows.taps, d.columns.taps);
   const Band shape(d.source, d.rows, d.columns);
   const Blocking blocking =
       choose_blocking(shape, d.images, d.rows.outputs, d.columns.outputs, k.tile_pixels, kBandFloats);

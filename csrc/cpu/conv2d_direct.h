@@ -1,6 +1,7 @@
 // The direct engine, which several algorithms set up in their own way.
 #pragma once
 
+#include "core/allocator.h"
 #include "cpu/conv2d_band.h"
 #include "cpu/parallel.h"
 
@@ -20,6 +21,15 @@ struct Panels {
   int64_t channels(int64_t i) const { return std::min(tile_k, outs - i * tile_k); }
   int64_t width(int64_t i) const { return channels(i) <= lanes ? lanes : tile_k; }
 };
+
+// [group][panel][channel block][tap][channel][width]
+struct PackedWeights {
+  Buffer storage;
+  int64_t panel_floats;
+  const float* panel(int64_t i) const { return storage.as<float>() + i * panel_floats; }
+};
+PackedWeights pack_weights(const WeightView&, int64_t groups, int64_t outs, int64_t ins,
+                           const std::vector<AxisTaps::Tap>& rows, const std::vector<AxisTaps::Tap>& columns);
 
 // y[n, rows, columns, outs] = clamp(sum over taps and channels of x * w + bias + residual). Outputs go to
 // y[n][h][w][pixel] at the places that the axes name. For every group g the source's first channel is

@@ -96,9 +96,8 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
   Buffer weights(panels.count() * panel_floats * sizeof(float));
   std::memset(weights.as<float>(), 0, panels.count() * panel_floats * sizeof(float));
   for (int64_t i = 0; i < panels.count(); ++i)
-    for_panel(a, args.w, i * k.tile_k, panels.channels(i), panels.width(i), [&](int64_t from, int64_t to) {
-      weights.as<float>()[i * panel_floats + to] = args.w.as<float>()[from];
-    });
+    for_panel(a, args.w, i * k.tile_k, panels.channels(i), panels.width(i),
+              [&](int64_t from, int64_t to) { weights.as<float>()[i * panel_floats + to] = args.w.as<float>()[from]; });
 
   StripTile shape{};
   const Epilogue epilogue = make_epilogue(args);
@@ -192,24 +191,28 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
   for (int64_t part = 1; part < parts; ++part)
     for (int64_t j = 0; j < part_floats; ++j) total[j] += total[part * part_floats + j];
   for (int64_t i = 0; i < panels; ++i)
-    for_panel(a, args.dw, i * k.lanes, std::min(k.lanes, a.k - i * k.lanes), k.lanes, [&](int64_t to, int64_t from) {
-      args.dw.as<float>()[to] = total[i * panel_floats + from];
-    });
+    for_panel(a, args.dw, i * k.lanes, std::min(k.lanes, a.k - i * k.lanes), k.lanes,
+              [&](int64_t to, int64_t from) { args.dw.as<float>()[to] = total[i * panel_floats + from]; });
 }
 
 namespace {
 
-// dy as the input gradient reads it: rows of planes [k][pixels], with zeros where a tap reaches outside.
+// dy as the input gradient reads it: rows of planes [k][pixels], with zeros where a tap reaches outside. Pixels begin
+// at whole vectors, because stores across cache lines would cost three times as much, and planes are an odd number of
+// vectors apart, so that the rows of a transposed square lie in different sets of the cache.
 struct Planes {
   int64_t left, width;  // columns of zeros before the first pixel; floats of a row of one plane
-  int64_t row_floats;   // all planes, and what packing the last one overwrites
-  Planes(const Conv2dProblem& a, const std::vector<AxisTaps>& columns, int64_t lanes) : left(0), width(a.q) {
+  int64_t row_floats;   // of all planes, and the zeros after the last one
+  Planes(const Conv2dProblem& a, const std::vector<AxisTaps>& columns, int64_t lanes) {
+    int64_t before = 0, after = a.q;
     for (const AxisTaps& axis : columns)
-      for (const auto& tap : axis.taps) left = std::max(left, -tap.offset);
-    for (const AxisTaps& axis : columns)
-      for (const auto& tap : axis.taps)
-        width = std::max(width, left + tap.offset + ceil_divide(axis.outputs, lanes) * lanes);
-    width = ceil_divide(std::max(width, left + a.q), lanes) * lanes;
+      for (const auto& tap : axis.taps) {
+        before = std::max(before, -tap.offset);
+        after = std::max(after, tap.offset + ceil_divide(axis.outputs, lanes) * lanes);
+      }
+    const int64_t vectors = ceil_divide(before, lanes);
+    left = vectors * lanes;
+    width = ((vectors + ceil_divide(after, lanes)) | 1) * lanes;
     row_floats = a.k * width + left;
   }
 };
@@ -220,7 +223,8 @@ Range source_rows(const std::vector<AxisTaps>& axes, Range rows, int64_t size) {
   for (const AxisTaps& axis : axes)
     for (const auto& tap : axis.taps) {
       // Outputs j of this phase within the rows.
-      const int64_t low = std::max<int64_t>(ceil_divide(std::max<int64_t>(rows.begin - axis.out_first, 0), axis.out_step), 0);
+      const int64_t low =
+          std::max<int64_t>(ceil_divide(std::max<int64_t>(rows.begin - axis.out_first, 0), axis.out_step), 0);
       const int64_t high = rows.end > axis.out_first ? ceil_divide(rows.end - axis.out_first, axis.out_step) : 0;
       if (low >= high) continue;
       first = std::min(first, low + tap.offset);
@@ -239,7 +243,7 @@ int64_t most_source_rows(const Conv2dProblem& a, int64_t rows) {
 
 const char* supports_backward_input(const Conv2dProblem& a) {
   if (const char* why = supports(a)) return why;
-  const int64_t width = a.q + a.s + 2 * a.pad_left + a.w + 16;
+  const int64_t width = a.q + a.s + 2 * a.pad_left + a.w + 64;
   if (most_source_rows(a, 1) > kMaxPlaneFloats / (a.k * width)) return "the rows of dy under a kernel are too large";
   return nullptr;
 }

@@ -1,52 +1,265 @@
-// 1x1 kernels at stride 1: a plain GEMM over pixels. The whole batch is one row of pixels for the direct engine, so
-// tiles are full whatever the size of an image.
+// 1x1 kernels without padding: a GEMM over pixels. x, y and their gradients are read and written where they lie, since
+// a pixel is one run of floats; only the weights are packed. Bounds: FMA, and memory where C or K is small.
+#include <algorithm>
+#include <cstring>
+
+#include "core/allocator.h"
 #include "cpu/conv2d_direct.h"
+#include "cpu/parallel.h"
+#include "cpu/registry.h"
 
 namespace fastconv::cpu::pointwise {
 namespace {
 
-SourceImage one_row(const void* data, int64_t pixels, int64_t channels, int64_t groups) {
-  return {static_cast<const float*>(data), 1, pixels, channels, 0, channels / groups};
+// Pixels of a block: few enough that they stay in L2 while the weights run over them.
+constexpr int64_t kBlockPixels = 112, kBlockFloats = 96 * 1024;
+// Beyond this many channels neighbouring pixels lie so far apart that they compete for the same sets of L1, so a block
+// is copied to where they do not.
+constexpr int64_t kFarChannels = 512;
+// Chunks wanted at least, so that many cores find work.
+constexpr int64_t kMinChunks = 32;
+
+// Where the pixels of a 1x1 convolution lie, in floats from the first.
+struct Pixels {
+  int64_t image, row, pixel;
+};
+
+// The outputs of a 1x1 convolution in blocks: parts of one row of all pixels at stride 1, else rows of an image.
+struct Blocks {
+  int64_t images, rows, columns;  // of outputs
+  int64_t block_rows, block_columns;
+  Blocks(const Conv2dProblem& a, int64_t pixels) : images(a.n), rows(a.p), columns(a.q) {
+    if (is_dense(a)) {
+      columns *= images * rows;
+      images = rows = 1;
+    }
+    block_columns = ceil_divide(columns, ceil_divide(columns, pixels));
+    block_rows = std::clamp<int64_t>(pixels / block_columns, 1, rows);
+  }
+  static bool is_dense(const Conv2dProblem& a) { return a.p == a.h && a.q == a.w; }
+  int64_t in_row() const { return ceil_divide(columns, block_columns); }
+  int64_t in_image() const { return ceil_divide(rows, block_rows) * in_row(); }
+  int64_t count() const { return images * in_image(); }
+  int64_t image(int64_t i) const { return i / in_image(); }
+  Range row_range(int64_t i) const {
+    const int64_t begin = i % in_image() / in_row() * block_rows;
+    return {begin, std::min(rows, begin + block_rows)};
+  }
+  Range column_range(int64_t i) const {
+    const int64_t begin = i % in_row() * block_columns;
+    return {begin, std::min(columns, begin + block_columns)};
+  }
+};
+
+Pixels output_pixels(const Conv2dProblem& a) { return {a.p * a.q * a.k, a.q * a.k, a.k}; }
+// Those of x that outputs read.
+Pixels input_pixels(const Conv2dProblem& a) { return {a.h * a.w * a.c, a.stride_h * a.w * a.c, a.stride_w * a.c}; }
+
+// y = clamp(sum over `ins` channels of x * w + bias + residual) for every group; y may have gaps between its pixels.
+struct Problem {
+  const float* x;
+  Pixels from;
+  float* y;
+  Pixels to;
+  int64_t groups, ins, outs;
+  direct::WeightView w;
+  Epilogue epilogue;
+  bool streaming;
+};
+
+// fill(image, rows, columns, first channel, channels) writes the gaps of y that belong to a block.
+template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& fill) {
+  const auto& k = kernels().conv2d;
+  const direct::Panels panels{d.outs, k.tile_k, k.lanes};
+  const direct::PackedWeights weights = direct::pack_weights(d.w, d.groups, d.outs, d.ins, {{0, 0}}, {{0, 0}});
+  const bool far = d.from.pixel > kFarChannels;
+  const Blocks blocks(a, std::clamp<int64_t>(kBlockFloats / d.ins, 2 * k.tile_pixels, kBlockPixels));
+  const int64_t panel_parts =
+      std::clamp<int64_t>(ceil_divide(kMinChunks, blocks.count() * d.groups), 1, panels.count());
+  const int64_t far_pixel = ceil_divide(d.ins, kBlock) * kBlock + kBlock;
+  const int64_t scratch_floats = far ? blocks.block_rows * blocks.block_columns * far_pixel : 0;
+  const int threads = num_threads();
+  Buffer scratch(std::max<int64_t>(threads * scratch_floats, 1) * sizeof(float));
+
+  parallel_for(
+      blocks.count() * d.groups * panel_parts,
+      [&](int64_t i, int thread) {
+        const int64_t part = i % panel_parts, g = i / panel_parts % d.groups, block = i / panel_parts / d.groups;
+        const int64_t n = blocks.image(block);
+        const Range mine = split(panels.count(), panel_parts, part);
+        const Range rows = blocks.row_range(block), columns = blocks.column_range(block);
+        const int64_t width = columns.end - columns.begin;
+        const float* x = d.x + n * d.from.image + rows.begin * d.from.row + columns.begin * d.from.pixel + g * d.ins;
+        const int64_t y = n * d.to.image + rows.begin * d.to.row + columns.begin * d.to.pixel + g * d.outs;
+        StripTile t{};
+        t.x_step = d.from.pixel;
+        t.rows = 1, t.taps = d.ins;
+        t.pixel_stride = d.to.pixel;
+        t.low = d.epilogue.low, t.high = d.epilogue.high;
+        t.streaming = d.streaming;
+        int64_t x_row = d.from.row;
+        if (far) {
+          float* copy = scratch.as<float>() + thread * scratch_floats;
+          for (int64_t row = 0; row < rows.end - rows.begin; ++row)
+            for (int64_t q = 0; q < width; ++q)
+              std::memcpy(copy + (row * width + q) * far_pixel, x + row * d.from.row + q * d.from.pixel,
+                          d.ins * sizeof(float));
+          x = copy;
+          x_row = width * far_pixel;
+          t.x_step = far_pixel;
+        }
+        const int64_t first = mine.begin * k.tile_k, last = std::min(mine.end * k.tile_k, d.outs);
+        fill(n, rows, columns, g * d.outs + first, last - first);
+        const int64_t tiles = ceil_divide(width, k.tile_pixels);
+        for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
+          const int64_t channel = panel * k.tile_k;
+          t.w = weights.panel(g * panels.count() + panel);
+          t.bias = d.epilogue.bias ? d.epilogue.bias + g * d.outs + channel : nullptr;
+          t.channels = panels.channels(panel);
+          const auto* tile = k.strip[panels.width(panel) / k.lanes - 1];
+          for (int64_t row = 0; row < rows.end - rows.begin; ++row)
+            for (int64_t j = 0; j < tiles; ++j) {
+              const Range pixels = split(width, tiles, j);
+              const int64_t at = y + row * d.to.row + pixels.begin * d.to.pixel + channel;
+              t.x = x + row * x_row + pixels.begin * t.x_step;
+              t.y = d.y + at;
+              t.residual = d.epilogue.residual ? d.epilogue.residual + at : nullptr;
+              tile[pixels.end - pixels.begin - 1](t);
+            }
+        }
+      },
+      threads);
 }
 
 }  // namespace
 
 const char* supports(const Conv2dProblem& a) {
   if (a.r != 1 || a.s != 1) return "the kernel is not 1x1";
-  if (a.stride_h != 1 || a.stride_w != 1) return "the stride is not 1";
-  if (a.p != a.h || a.q != a.w) return "there is padding";
+  if (a.pad_top != 0 || a.pad_left != 0) return "there is padding";
+  if ((a.p - 1) * a.stride_h >= a.h || (a.q - 1) * a.stride_w >= a.w) return "there is padding";
   return direct::supports(a);
 }
 
 void forward(const Conv2dProblem& a, const ForwardArguments& args) {
-  const int64_t pixels = a.n * a.h * a.w;
-  direct::run(direct::DirectProblem{1, one_row(args.x, pixels, a.c, a.groups), forward_axis(1, 1, 1, 0, 1),
-                                    forward_axis(pixels, 1, 1, 0, 1), a.groups, a.kg(),
-                                    direct::forward_weights(a, args.w), static_cast<float*>(args.y), 1, pixels, a.k,
-                                    make_epilogue(args)});
+  run(a,
+      {static_cast<const float*>(args.x), input_pixels(a), static_cast<float*>(args.y), output_pixels(a), a.groups,
+       a.cg(), a.kg(), direct::forward_weights(a, args.w), make_epilogue(args),
+       a.kg() % kBlock == 0 && worth_streaming(a.n * a.p * a.q, a.k)},
+      [](int64_t, Range, Range, int64_t, int64_t) {});
 }
 
 void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) {
-  const int64_t pixels = a.n * a.h * a.w;
-  direct::run(direct::DirectProblem{1,
-                                    one_row(args.dy, pixels, a.k, a.groups),
-                                    forward_axis(1, 1, 1, 0, 1),
-                                    forward_axis(pixels, 1, 1, 0, 1),
-                                    a.groups,
-                                    a.cg(),
-                                    direct::backward_weights(a, args.w),
-                                    static_cast<float*>(args.dx),
-                                    1,
-                                    pixels,
-                                    a.c,
-                                    {}});
+  auto* dx = static_cast<float*>(args.dx);
+  // With a stride, the zeros that follow the pixels of a block, up to the next one's.
+  const auto zero_gaps = [&](int64_t n, Range rows, Range columns, int64_t channel, int64_t channels) {
+    if (Blocks::is_dense(a)) return;
+    const int64_t row_end = rows.end == a.p ? a.h : rows.end * a.stride_h;
+    const int64_t column_end = columns.end == a.q ? a.w : columns.end * a.stride_w;
+    for (int64_t y = rows.begin * a.stride_h; y < row_end; ++y)
+      for (int64_t x = columns.begin * a.stride_w; x < column_end; ++x) {
+        const bool written = y % a.stride_h == 0 && y / a.stride_h < a.p && x % a.stride_w == 0 && x / a.stride_w < a.q;
+        if (!written) std::memset(dx + ((n * a.h + y) * a.w + x) * a.c + channel, 0, channels * sizeof(float));
+      }
+  };
+  run(a,
+      {static_cast<const float*>(args.dy),
+       output_pixels(a),
+       dx,
+       input_pixels(a),
+       a.groups,
+       a.kg(),
+       a.cg(),
+       direct::backward_weights(a, args.w),
+       {},
+       a.cg() % kBlock == 0 && worth_streaming(a.n * a.p * a.q, a.c)},
+      zero_gaps);
 }
 
+namespace {
+
+// The weight gradient: blocks of K and C whose dy and x stay in L2 for so many pixels, and the chunks wanted.
+constexpr int64_t kGradientBlock = 256, kGradientPixels = 192, kGradientChunks = 16;
+
+}  // namespace
+
 void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args) {
-  const int64_t pixels = a.n * a.h * a.w;
-  direct::run(direct::WeightGradientProblem{1, one_row(args.x, pixels, a.c, a.groups), forward_axis(1, 1, 1, 0, 1),
-                                            forward_axis(pixels, 1, 1, 0, 1), a.groups, a.kg(),
-                                            static_cast<const float*>(args.dy), direct::forward_weights(a, args.dw)});
+  const auto& k = kernels().conv2d;
+  const auto* x = static_cast<const float*>(args.x);
+  const auto* dy = static_cast<const float*>(args.dy);
+  const Pixels from = input_pixels(a), to = output_pixels(a);
+  const Blocks blocks(a, kGradientPixels);
+  const int64_t kg = a.kg(), cg = a.cg();
+  const int64_t k_blocks = ceil_divide(kg, kGradientBlock), c_blocks = ceil_divide(cg, kGradientBlock);
+  const int64_t slots = a.groups * k_blocks * c_blocks;
+  // Each part of the pixels beyond the first costs a partial sum of the size of dw; they are added in order.
+  const int64_t parts = std::clamp<int64_t>(ceil_divide(kGradientChunks, slots), 1, blocks.count());
+  const int64_t row_floats = ceil_divide(cg, k.lanes) * k.lanes, part_floats = a.k * row_floats;
+  const auto& stride = args.dw.strides;
+  const bool in_place = parts == 1 && row_floats == cg && stride[1] == 1;
+  Buffer sums(in_place ? sizeof(float) : parts * part_floats * sizeof(float));
+  float* first = in_place ? args.dw.as<float>() : sums.as<float>();
+  const int64_t acc_step = in_place ? stride[0] : row_floats;
+  const int64_t tail_floats = blocks.block_rows * blocks.block_columns * k.lanes;
+  const int threads = num_threads();
+  Buffer scratch(threads * tail_floats * sizeof(float));
+
+  parallel_for(
+      slots * parts,
+      [&](int64_t i, int thread) {
+        const int64_t slot = i % slots, part = i / slots;
+        const int64_t c0 = slot % c_blocks * kGradientBlock, c1 = std::min(cg, c0 + kGradientBlock);
+        const int64_t k0 = slot / c_blocks % k_blocks * kGradientBlock, k1 = std::min(kg, k0 + kGradientBlock);
+        const int64_t g = slot / c_blocks / k_blocks;
+        float* acc = first + part * part_floats + (g * kg + k0) * acc_step;
+        for (int64_t o = 0; o < k1 - k0; ++o)
+          std::memset(acc + o * acc_step + c0, 0, ceil_divide(c1 - c0, k.lanes) * k.lanes * sizeof(float));
+        float* tail = scratch.as<float>() + thread * tail_floats;
+        StripWeightTile t{};
+        t.a_step = to.pixel, t.a_row_step = to.row;
+        t.tap_rows = 1;
+        t.acc_step = acc_step;
+        const Range mine = split(blocks.count(), parts, part);
+        for (int64_t block = mine.begin; block < mine.end; ++block) {
+          const int64_t n = blocks.image(block);
+          const Range rows = blocks.row_range(block), columns = blocks.column_range(block);
+          const float* dy_block = dy + n * to.image + rows.begin * to.row + columns.begin * to.pixel + g * kg + k0;
+          const float* x_block = x + n * from.image + rows.begin * from.row + columns.begin * from.pixel + g * cg;
+          t.rows = rows.end - rows.begin, t.columns = columns.end - columns.begin;
+          // Rows of the gradient in parts that fit the registers, so that dy of a part stays in L1.
+          const int64_t tiles = ceil_divide(k1 - k0, k.strip_sums);
+          for (int64_t j = 0; j < tiles; ++j) {
+            const Range outs = split(k1 - k0, tiles, j);
+            t.a = dy_block + outs.begin;
+            t.taps = outs.end - outs.begin;
+            for (int64_t c = c0; c < c1; c += k.lanes) {
+              t.acc = acc + outs.begin * acc_step + c;
+              t.b = x_block + c;
+              t.b_step = from.pixel;
+              t.b_row_step = t.rows > 1 ? from.row : t.columns * from.pixel;
+              if (c + k.lanes > cg) {
+                for (int64_t row = 0; row < t.rows; ++row)
+                  k.pack_slice(t.b + row * from.row, from.pixel, t.columns, cg - c, k.lanes,
+                               tail + row * t.columns * k.lanes);
+                t.b = tail;
+                t.b_step = k.lanes, t.b_row_step = t.columns * k.lanes;
+              }
+              k.strip_weight_tile(t);
+            }
+          }
+        }
+      },
+      threads);
+  if (in_place) return;
+
+  parallel_ranges(a.k, std::max<int64_t>((int64_t{1} << 15) / (parts * row_floats), 1),
+                  [&](int64_t begin, int64_t end) {
+                    for (int64_t o = begin; o < end; ++o) {
+                      float* total = sums.as<float>() + o * row_floats;
+                      for (int64_t part = 1; part < parts; ++part)
+                        for (int64_t c = 0; c < cg; ++c) total[c] += total[part * part_floats + c];
+                      for (int64_t c = 0; c < cg; ++c) args.dw.as<float>()[o * stride[0] + c * stride[1]] = total[c];
+                    }
+                  });
 }
 
 }  // namespace fastconv::cpu::pointwise

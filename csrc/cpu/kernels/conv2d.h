@@ -152,6 +152,7 @@ struct Conv2dKernels {
   void (*unpack_weights)(const float* src, int64_t width, int64_t outs, int64_t ins, float* dst, int64_t out_step,
                          int64_t in_step);
   void (*weight_tile)(const WeightTile&);
+  int64_t strip_sums;  // taps of a weight gradient whose sums fit the registers
   void (*strip_weight_tile)(const StripWeightTile&);
   int64_t planar_vectors[kFewChannels];
   void (*planar_tile)(const PlanarTile&);

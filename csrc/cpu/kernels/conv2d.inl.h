@@ -243,10 +243,10 @@ template <int V, int ROWS, int P> constexpr DirectTileFunction direct_or_null() 
 
 #define FC_DIRECT_ROW(V, R) \
   { \
-    direct_or_null<V, R, 1>(), direct_or_null<V, R, 2>(), direct_or_null<V, R, 3>(), direct_or_null<V, R, 4>(), \
-    direct_or_null<V, R, 5>(), direct_or_null<V, R, 6>(), direct_or_null<V, R, 7>(), direct_or_null<V, R, 8>(), \
-    direct_or_null<V, R, 9>(), direct_or_null<V, R, 10>(), direct_or_null<V, R, 11>(), direct_or_null<V, R, 12>(), \
-    direct_or_null<V, R, 13>(), direct_or_null<V, R, 14>(), direct_or_null<V, R, 15>(), direct_or_null<V, R, 16>(), \
+      direct_or_null<V, R, 1>(),  direct_or_null<V, R, 2>(),  direct_or_null<V, R, 3>(),  direct_or_null<V, R, 4>(), \
+      direct_or_null<V, R, 5>(),  direct_or_null<V, R, 6>(),  direct_or_null<V, R, 7>(),  direct_or_null<V, R, 8>(), \
+      direct_or_null<V, R, 9>(),  direct_or_null<V, R, 10>(), direct_or_null<V, R, 11>(), direct_or_null<V, R, 12>(), \
+      direct_or_null<V, R, 13>(), direct_or_null<V, R, 14>(), direct_or_null<V, R, 15>(), direct_or_null<V, R, 16>(), \
   }
 
 }  // namespace

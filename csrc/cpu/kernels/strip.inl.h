@@ -166,10 +166,10 @@ template <int V, int P> constexpr StripTileFunction strip_or_null() {
 
 #define FC_STRIP_ROW(V) \
   { \
-    strip_or_null<V, 1>(), strip_or_null<V, 2>(), strip_or_null<V, 3>(), strip_or_null<V, 4>(), \
-    strip_or_null<V, 5>(), strip_or_null<V, 6>(), strip_or_null<V, 7>(), strip_or_null<V, 8>(), \
-    strip_or_null<V, 9>(), strip_or_null<V, 10>(), strip_or_null<V, 11>(), strip_or_null<V, 12>(), \
-    strip_or_null<V, 13>(), strip_or_null<V, 14>(), strip_or_null<V, 15>(), strip_or_null<V, 16>(), \
+      strip_or_null<V, 1>(),  strip_or_null<V, 2>(),  strip_or_null<V, 3>(),  strip_or_null<V, 4>(), \
+      strip_or_null<V, 5>(),  strip_or_null<V, 6>(),  strip_or_null<V, 7>(),  strip_or_null<V, 8>(), \
+      strip_or_null<V, 9>(),  strip_or_null<V, 10>(), strip_or_null<V, 11>(), strip_or_null<V, 12>(), \
+      strip_or_null<V, 13>(), strip_or_null<V, 14>(), strip_or_null<V, 15>(), strip_or_null<V, 16>(), \
   }
 
 }  // namespace

@@ -28,6 +28,7 @@ constexpr Conv2dKernels conv2d_kernels() {
       pack_weights,
       unpack_weights,
       weight_tile,
+      kStripSums,
       strip_weight_tile,
       {planar_vectors<1>(), planar_vectors<2>(), planar_vectors<3>(), planar_vectors<4>()},
       planar_tile,
