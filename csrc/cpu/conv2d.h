@@ -100,10 +100,10 @@ Epilogue make_epilogue(const ForwardArguments&);
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Outputs of so many floats leave the cache before anybody reads them: writing around it saves reading them first.
+// Outputs of so many floats do not fit L2: writing around the caches saves reading them first.
 // Every store must then be a full, aligned vector.
 inline bool worth_streaming(int64_t pixels, int64_t channels) {
-  return channels % 16 == 0 && pixels * channels >= int64_t{2} << 20;
+  return channels % 16 == 0 && pixels * channels >= int64_t{1} << 19;
 }
 
 // Which source pixels an axis of outputs needs. Output j, at destination out_first + j * out_step, is the sum over taps

@@ -233,6 +233,8 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
             t.taps = outs.end - outs.begin;
             for (int64_t c = c0; c < c1; c += k.lanes) {
               t.acc = acc + outs.begin * acc_step + c;
+              // The next part of dy, or of the next block.
+              t.a_next = c > c0 ? 0 : j + 1 < tiles ? t.taps : t.rows * t.columns * to.pixel - outs.begin;
               t.b = x_block + c;
               t.b_step = from.pixel;
               t.b_row_step = t.rows > 1 ? from.row : t.columns * from.pixel;

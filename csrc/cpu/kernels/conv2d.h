@@ -74,6 +74,7 @@ using StripTileFunction = void (*)(const StripTile&);
 struct StripWeightTile {
   const float* a;
   int64_t a_step, a_row_step, a_tap_step;  // between pixels of a row; rows of pixels; rows r
+  int64_t a_next;                          // from here to the a that is read next, to prefetch it; 0: nothing
   const float* b;
   int64_t b_step, b_row_step;  // between pixels of a row; rows of pixels
   int64_t rows, columns;       // pixels

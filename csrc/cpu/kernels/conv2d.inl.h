@@ -40,6 +40,18 @@ __attribute__((always_inline)) inline void store_tile(const Vec (&sums)[ROWS * P
   }
 }
 
+// Has the cache lines of a tile's outputs at hand when its sums are finished.
+template <int V, int ROWS, int P>
+__attribute__((always_inline)) inline void prefetch_outputs(const TileOutput& t) {
+  if (t.streaming) return;
+#pragma GCC unroll 2
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) prefetch(t.y + r * t.row_stride + p * t.pixel_stride + v * kLanes);
+}
+
 // direct_tile: y[ROWS*P][V*lanes] = sum over blocks, taps, channels of x[pixel][channel] * w[channel][V*lanes].
 //   x  packed pixels kBlock floats apart, so a pixel is a displacement of its row's pointer
 //   w  one panel, read once from front to back
@@ -48,6 +60,7 @@ __attribute__((always_inline)) inline void store_tile(const Vec (&sums)[ROWS * P
 // Tails: the panel is zero-padded in k; the last block runs its own number of channels; only the store looks at k.
 template <int V, int ROWS, int P> void direct_tile(const DirectTile& t) {
   constexpr int W = V * kLanes;
+  prefetch_outputs<V, ROWS, P>(t);
   Vec acc[ROWS * P][V];
 #pragma GCC unroll 32
   for (int p = 0; p < ROWS * P; ++p)

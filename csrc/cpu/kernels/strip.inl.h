@@ -27,6 +27,7 @@ template <int V, int P> void strip_tile(const StripTile& t) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) acc[p][v] = zero();
 
+  prefetch_outputs<V, 1, P>(t);
   const float* w = t.w;
   const int64_t step = t.x_step;
   for (int64_t r = 0; r < t.rows; ++r) {
@@ -73,6 +74,10 @@ template <int ROWS, int J> void strip_weight_part(const StripWeightTile& t, cons
     for (int64_t q = 0; q < t.columns; ++q, b += t.b_step) {
       const Vec lanes = load(b);
       prefetch(b + t.b_row_step);
+      if (t.a_next != 0) {
+        prefetch_l2(a[0] + t.a_next);
+        prefetch_l2(a[0] + t.a_next + J - 1);
+      }
 #pragma GCC unroll 3
       for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 32
