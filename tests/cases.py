@@ -315,6 +315,9 @@ CONV_EXTREMES = [
     _C("many_outputs", 1, 70, 5, 6, 600, 3, 3, padding=1),
     _C("many_channels_1x1", 2, 1050, 5, 3, 33, 1, 1),
     _C("many_outputs_1x1", 2, 33, 5, 3, 1050, 1, 1),
+    _C("many_channels_1x1_s2", 2, 1050, 5, 4, 33, 1, 1, stride=2),
+    _C("many_outputs_1x1_s2", 2, 33, 6, 3, 1050, 1, 1, stride=(2, 3)),
+    _C("many_channels_groups_1x1", 1, 1100, 3, 5, 40, 1, 1, groups=2),
     _C("many_images", 37, 5, 3, 4, 6, 3, 3, padding=1),
     _C("many_images_rgb", 37, 3, 6, 5, 6, 3, 3, padding=1),
     _C("single_channels", 3, 1, 6, 7, 1, 3, 3, padding=1),
@@ -323,6 +326,11 @@ CONV_EXTREMES = [
     _C("rgb_dilated", 1, 3, 12, 13, 33, 3, 3, padding=2, dilation=2),
     _C("rgb_one_output", 1, 3, 9, 8, 1, 3, 3, padding=1),
     _C("rgba_1x1", 2, 4, 7, 6, 35, 1, 1),
+    _C("grey_one_output", 2, 1, 9, 21, 1, 3, 3, padding=1),
+    _C("grey_5x5_wide", 1, 1, 6, 270, 18, 5, 5, padding=2),
+    _C("rgb_dilated_rows", 1, 3, 13, 9, 20, 3, 3, padding=2, dilation=(3, 1)),
+    _C("rgb_beside_the_caches", 1, 3, 128, 129, 32, 3, 3, padding=1),
+    _C("1x1_beside_the_caches", 1, 5, 128, 129, 32, 1, 1),
     _C("two_channels_s2", 2, 2, 11, 10, 21, 3, 3, stride=2, padding=1),
 ]
 

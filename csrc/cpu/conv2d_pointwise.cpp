@@ -73,7 +73,8 @@ template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& 
   const direct::Panels panels{d.outs, k.tile_k, k.lanes};
   const direct::PackedWeights weights = direct::pack_weights(d.w, d.groups, d.outs, d.ins, {{0, 0}}, {{0, 0}});
   const bool far = d.from.pixel > kFarChannels;
-  const Blocks blocks(a, std::clamp<int64_t>(kBlockFloats / d.ins, 2 * k.tile_pixels, kBlockPixels));
+  const Blocks blocks(a,
+                      std::clamp<int64_t>(kBlockFloats / std::max<int64_t>(d.ins, 1), 2 * k.tile_pixels, kBlockPixels));
   const int64_t panel_parts =
       std::clamp<int64_t>(ceil_divide(kMinChunks, blocks.count() * d.groups), 1, panels.count());
   const int64_t far_pixel = ceil_divide(d.ins, kBlock) * kBlock + kBlock;
@@ -177,8 +178,17 @@ void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) 
 
 namespace {
 
-// The weight gradient: blocks of K and C whose dy and x stay in L2 for so many pixels, and the chunks wanted.
-constexpr int64_t kGradientBlock = 256, kGradientPixels = 192, kGradientChunks = 16;
+// The weight gradient: pixels whose dy and x stay in L2 for a block of K and C, and the chunks wanted.
+constexpr int64_t kGradientPixels = 192, kGradientChunks = 16;
+
+// Channels of a block: few where that makes enough chunks without partial sums, and only that does.
+int64_t gradient_block(const Conv2dProblem& a) {
+  constexpr int64_t kLarge = 256, kSmall = 128;
+  const auto enough = [&](int64_t block) {
+    return a.groups * ceil_divide(a.kg(), block) * ceil_divide(a.cg(), block) >= kGradientChunks;
+  };
+  return !enough(kLarge) && enough(kSmall) ? kSmall : kLarge;
+}
 
 }  // namespace
 
@@ -189,7 +199,8 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
   const Pixels from = input_pixels(a), to = output_pixels(a);
   const Blocks blocks(a, kGradientPixels);
   const int64_t kg = a.kg(), cg = a.cg();
-  const int64_t k_blocks = ceil_divide(kg, kGradientBlock), c_blocks = ceil_divide(cg, kGradientBlock);
+  const int64_t block_size = gradient_block(a);
+  const int64_t k_blocks = ceil_divide(kg, block_size), c_blocks = ceil_divide(cg, block_size);
   const int64_t slots = a.groups * k_blocks * c_blocks;
   // Each part of the pixels beyond the first costs a partial sum of the size of dw; they are added in order.
   const int64_t parts = std::clamp<int64_t>(ceil_divide(kGradientChunks, slots), 1, blocks.count());
@@ -207,8 +218,8 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
       slots * parts,
       [&](int64_t i, int thread) {
         const int64_t slot = i % slots, part = i / slots;
-        const int64_t c0 = slot % c_blocks * kGradientBlock, c1 = std::min(cg, c0 + kGradientBlock);
-        const int64_t k0 = slot / c_blocks % k_blocks * kGradientBlock, k1 = std::min(kg, k0 + kGradientBlock);
+        const int64_t c0 = slot % c_blocks * block_size, c1 = std::min(cg, c0 + block_size);
+        const int64_t k0 = slot / c_blocks % k_blocks * block_size, k1 = std::min(kg, k0 + block_size);
         const int64_t g = slot / c_blocks / k_blocks;
         float* acc = first + part * part_floats + (g * kg + k0) * acc_step;
         for (int64_t o = 0; o < k1 - k0; ++o)
