@@ -37,13 +37,13 @@ struct DirectTile : TileOutput {
   };
   const Tap* taps;
   int64_t tap_count;
-  int64_t x_offset;                  // of the tile within its rows, added to every x
-  int64_t panel_taps;                // taps in the weight panel, of which tap_count meet the image
-  int64_t blocks;                    // channel blocks
-  int64_t block_stride;              // between channel blocks of x
-  int64_t last_channels;             // channels in the last block
-  const float* w;                    // panel [block][tap][channel][vectors * lanes]
-  const float* next;                 // the panel wanted next: one vector * lanes of it is prefetched a step
+  int64_t x_offset;       // of the tile within its rows, added to every x
+  int64_t panel_taps;     // taps in the weight panel, of which tap_count meet the image
+  int64_t blocks;         // channel blocks
+  int64_t block_stride;   // between channel blocks of x
+  int64_t last_channels;  // channels in the last block
+  const float* w;         // panel [block][tap][channel][vectors * lanes]
+  const float* next;      // the panel wanted next: one vector * lanes of it is prefetched a step
 };
 using DirectTileFunction = void (*)(const DirectTile&);
 

@@ -41,8 +41,7 @@ __attribute__((always_inline)) inline void store_tile(const Vec (&sums)[ROWS * P
 }
 
 // Has the cache lines of a tile's outputs at hand when its sums are finished.
-template <int V, int ROWS, int P>
-__attribute__((always_inline)) inline void prefetch_outputs(const TileOutput& t) {
+template <int V, int ROWS, int P> __attribute__((always_inline)) inline void prefetch_outputs(const TileOutput& t) {
   if (t.streaming) return;
 #pragma GCC unroll 2
   for (int r = 0; r < ROWS; ++r)
