@@ -1,8 +1,7 @@
-"""The models: sizes, keys, outputs and gradients against the same models in PyTorch."""
+"""What `models.create` promises, and the pieces of the models. Each model against PyTorch:
+test_architectures.py."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ import torch
 
 from fastconv import models, nn
 from fastconv.models import BasicBlock
-from fastconv.nn import channels_last
 from fastconv.tensor import Array, Tensor
 
 from . import torch_models
@@ -20,59 +18,8 @@ def draw(*shape: int, seed: int = 0) -> Array:
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-# name: (parameters, input channels, the model in PyTorch)
-MODELS: dict[str, tuple[int, int, Callable[[], torch.nn.Module]]] = {
-    "lenet5": (61_706, 1, torch_models.LeNet5),
-    "resnet8_cifar": (78_042, 3, lambda: torch_models.ResNet(1)),
-    "resnet20_cifar": (272_474, 3, lambda: torch_models.ResNet(3)),
-    "smallcnn": (545_290, 3, lambda: torch_models.SmallCNN(dropout=0.0)),
-    "textbook_stack": (554_346, 3, lambda: torch_models.TextbookStack(dropout=0.0)),
-}
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-def test_the_list_is_complete() -> None:
-    assert models.available() == sorted(MODELS)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_keys_shapes_and_parameter_count(name: str) -> None:
-    count, channels, reference = MODELS[name]
-    model = models.create(name, in_channels=channels)
-    assert sum(p.data.size for p in model.parameters()) == count
-    shapes = {key: value.shape for key, value in model.state_dict().items()}
-    assert shapes == {k: tuple(v.shape) for k, v in reference().state_dict().items()}
-
-
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("name", MODELS)
-def test_model_agrees_with_pytorch(name: str, layout: str) -> None:
-    _, channels, make_reference = MODELS[name]
-    reference = make_reference().double()
-    model = without_dropout(models.create(name, in_channels=channels)).double()
-    model.load_state_dict(reference.state_dict())
-    x, target = draw(4, channels, 32, 32), np.array([3, 1, 4, 1])
-    given = channels_last(x) if layout == "channels_last" else x
-    for mode in ("train", "eval"):
-        getattr(model, mode)()
-        getattr(reference, mode)()
-        model.zero_grad()
-        reference.zero_grad()
-        logits, expected = model(given), reference(torch.from_numpy(x))
-        np.testing.assert_allclose(logits.data, expected.detach().numpy(), rtol=1e-7, atol=1e-9)
-        nn.CrossEntropyLoss()(logits, target).backward()
-        torch.nn.CrossEntropyLoss()(expected, torch.from_numpy(target)).backward()
-        wanted = dict(reference.named_parameters())
-        for key, parameter in model.named_parameters():
-            np.testing.assert_allclose(
-                parameter.grad, wanted[key].grad.numpy(), rtol=1e-6, atol=1e-9, err_msg=key
-            )
+# Small enough to be created many times.
+MODELS = ["lenet5", "resnet8_cifar", "resnet20_cifar", "smallcnn", "textbook_stack"]
 
 
 @pytest.mark.parametrize(("image_size", "in_channels", "num_classes"), [(28, 1, 10), (40, 2, 7)])

@@ -1,0 +1,163 @@
+"""Every model of fastconv.models: its size, and the same model in PyTorch.
+
+One line a model in `ARCHITECTURES`; `test_architectures.py` holds each of them to the same checks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from fastconv import init, models, nn
+from fastconv.tensor import Array
+
+from . import torch_models
+from .torchvision_models import models as torchvision
+
+
+@dataclass(frozen=True)
+class Published:
+    """Figures of others for one image of `image_size`; None where they state nothing."""
+
+    source: str
+    image_size: int
+    giga_multiply_adds: str | None = None  # with the digits that the source gives
+    receptive_field: int | None = None
+    layer: str = ""  # the one with that receptive field, in front of the global mean
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model of `models.create(name)` and how to check it.
+
+    parameters: with default arguments: 1000 classes for the models of torchvision, else 10.
+    reference: the same model in PyTorch, with its default arguments; called on the device "meta".
+    image_size, batch: of the runs, the smallest that still means something: where training would
+        normalise fewer than a handful of values a channel, no two implementations agree.
+    arguments: for `models.create`, of the runs.
+    gradients_in: the dtype of fastconv in the comparison of gradients. "float64" where float32
+        cannot reach the limit because the gradient itself is ill conditioned: PyTorch's float32
+        misses it too.
+    reference_in: the dtype of PyTorch; float32 only where float64 would take gigabytes.
+    """
+
+    parameters: int
+    reference: Callable[[], torch.nn.Module]
+    image_size: int = 32
+    in_channels: int = 3
+    batch: int = 2
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    gradients_in: str = "float32"
+    reference_in: str = "float64"
+    published: Published | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.in_channels, self.image_size, self.image_size
+
+
+def _torchvision(name: str, **arguments: Any) -> Callable[[], torch.nn.Module]:
+    return lambda: torchvision.get_model(name, weights=None, **arguments)
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "lenet5": Architecture(61_706, torch_models.LeNet5, in_channels=1, batch=4),
+    "smallcnn": Architecture(545_290, torch_models.SmallCNN, batch=4),
+    "textbook_stack": Architecture(554_346, torch_models.TextbookStack, batch=4),
+    "resnet8_cifar": Architecture(78_042, lambda: torch_models.ResNet(1), batch=4),
+    "resnet20_cifar": Architecture(272_474, lambda: torch_models.ResNet(3), batch=4),
+}
+
+
+def create(name: str, **settings: Any) -> nn.Module:
+    """The model of a line of the table, its random weights all zero: drawing them takes longer
+    than the checks."""
+    line = ARCHITECTURES[name]
+    sizes = {"in_channels": line.in_channels, "image_size": line.image_size}
+    with _zeros_for_random_numbers():
+        return models.create(name, **{**sizes, **line.arguments, **settings})
+
+
+class _Zeros:
+    """Stands in for numpy's generator."""
+
+    def uniform(self, low: float, high: float, size: Any) -> Array:
+        return np.zeros(size, np.float32)
+
+    normal = uniform
+
+
+@contextmanager
+def _zeros_for_random_numbers() -> Iterator[None]:
+    with mock.patch.object(init, "_numpy_generator", lambda count: _Zeros()):
+        yield
+
+
+def create_reference(name: str) -> torch.nn.Module:
+    """The model in PyTorch with random weights that keep activations in range."""
+    line = ARCHITECTURES[name]
+    with torch.device("meta"):
+        reference = line.reference()
+    reference = reference.to_empty(device="cpu").to(getattr(torch, line.reference_in))
+    _randomise(reference)
+    return without_noise(reference)
+
+
+def without_noise(model: Any) -> Any:
+    """`model`, here or in PyTorch, with dropout and stochastic depth switched off."""
+    for module in model.modules():
+        if type(module).__name__ in ("Dropout", "StochasticDepth"):
+            module.p = 0.0
+    return model
+
+
+# Random numbers in [-1, 1), used again and again: drawing 140 million for a VGG would take seconds.
+# The count is prime, so no two rows of a weight are alike.
+_POOL = torch.rand(1_000_003, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def _draw(like: torch.Tensor, start: int) -> torch.Tensor:
+    rolled = torch.roll(_POOL, start).to(like.dtype)
+    return rolled.repeat(-(-like.numel() // len(rolled)))[: like.numel()].view(like.shape)
+
+
+@torch.no_grad()
+def _randomise(model: torch.nn.Module) -> None:
+    for number, (_, module) in enumerate(model.named_modules()):
+        for name, parameter in module.named_parameters(recurse=False):
+            noise = _draw(parameter, 1009 * number)
+            if _is_batch_norm(module):
+                parameter.copy_(1 + 0.5 * noise if name == "weight" else 0.1 * noise)
+            elif parameter.ndim >= 2:  # He et al. 2015: keeps the size of activations
+                parameter.copy_(noise * math.sqrt(6 / parameter[0].numel()))
+            else:
+                parameter.copy_(0.1 * noise)
+        if _is_batch_norm(module):
+            module.reset_running_stats()
+        elif next(module.buffers(recurse=False), None) is not None:
+            raise NotImplementedError(f"buffers of {type(module).__name__}")
+
+
+def _is_batch_norm(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+
+
+@torch.no_grad()
+def randomise_running_statistics(model: torch.nn.Module, images: torch.Tensor) -> None:
+    """Those of the batch `images`, moved by up to a quarter: other numbers, but of the right size,
+    so that activations neither vanish nor explode with the depth."""
+    norms = [module for module in model.modules() if _is_batch_norm(module)]
+    for module in norms:
+        module.momentum = 1.0
+    model.train()(images)
+    for number, module in enumerate(norms):
+        mean, var = module.running_mean, module.running_var
+        var.clamp_(min=0.1 * float(var.mean())).mul_(1 + 0.25 * _draw(var, 7919 * number))
+        mean.add_(0.25 * var.sqrt() * _draw(mean, 7907 * number))
