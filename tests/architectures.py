@@ -67,10 +67,44 @@ def _torchvision(name: str, **arguments: Any) -> Callable[[], torch.nn.Module]:
     return lambda: torchvision.get_model(name, weights=None, **arguments)
 
 
+def _vgg(parameters: int, name: str, **settings: Any) -> Architecture:
+    return Architecture(
+        parameters, _torchvision(name, init_weights=False), reference_in="float32", **settings
+    )
+
+
+def _resnet(parameters: int, name: str, **settings: Any) -> Architecture:
+    return Architecture(parameters, _torchvision(name), image_size=64, **settings)
+
+
 ARCHITECTURES: dict[str, Architecture] = {
+    "alexnet": Architecture(61_100_840, _torchvision("alexnet"), image_size=63),
+    "alexnet_lrn": Architecture(60_965_224, torch_models.AlexNetLRN, image_size=63),
     "lenet5": Architecture(61_706, torch_models.LeNet5, in_channels=1, batch=4),
     "smallcnn": Architecture(545_290, torch_models.SmallCNN, batch=4),
     "textbook_stack": Architecture(554_346, torch_models.TextbookStack, batch=4),
+    "vgg11": _vgg(132_863_336, "vgg11"),
+    "vgg11_bn": _vgg(132_868_840, "vgg11_bn"),
+    "vgg13": _vgg(133_047_848, "vgg13"),
+    "vgg13_bn": _vgg(133_053_736, "vgg13_bn"),
+    "vgg16": _vgg(
+        138_357_544,
+        "vgg16",
+        published=Published(
+            "torchvision; Araujo, Norris and Sim 2019", 224, "15.47", 212, "features.30"
+        ),
+    ),
+    "vgg16_bn": _vgg(138_365_992, "vgg16_bn"),
+    "vgg19": _vgg(143_667_240, "vgg19"),
+    "vgg19_bn": _vgg(143_678_248, "vgg19_bn"),
+    "resnet18": _resnet(11_689_512, "resnet18"),
+    "resnet34": _resnet(21_797_672, "resnet34"),
+    "resnet50": _resnet(25_557_032, "resnet50", published=Published("torchvision", 224, "4.09")),
+    "resnet101": _resnet(44_549_160, "resnet101"),
+    "resnet152": _resnet(60_192_808, "resnet152"),
+    "resnext50_32x4d": _resnet(25_028_904, "resnext50_32x4d"),
+    "wide_resnet50_2": _resnet(68_883_240, "wide_resnet50_2"),
+    "resnet18_cifar": Architecture(11_173_962, torch_models.resnet18_cifar),
     "resnet8_cifar": Architecture(78_042, lambda: torch_models.ResNet(1), batch=4),
     "resnet20_cifar": Architecture(272_474, lambda: torch_models.ResNet(3), batch=4),
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .torchvision_models import models as torchvision
+
 
 class SmallCNN(nn.Module):
     def __init__(self, in_channels: int = 3, image_size: int = 32, dropout: float = 0.5) -> None:
@@ -76,6 +78,52 @@ class LeNet5(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.features(x))
+
+
+class AlexNetLRN(nn.Module):
+    """Krizhevsky, Sutskever, Hinton 2012, sections 3.3 to 3.5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        normalise = {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 96, 11, 4, 2),
+            nn.ReLU(),
+            nn.LocalResponseNorm(**normalise),
+            nn.MaxPool2d(3, 2),
+            nn.Conv2d(96, 256, 5, padding=2, groups=2),
+            nn.ReLU(),
+            nn.LocalResponseNorm(**normalise),
+            nn.MaxPool2d(3, 2),
+            nn.Conv2d(256, 384, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(384, 384, 3, padding=1, groups=2),
+            nn.ReLU(),
+            nn.Conv2d(384, 256, 3, padding=1, groups=2),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2),
+        )
+        self.avgpool = nn.AdaptiveAvgPool2d(6)
+        self.classifier = nn.Sequential(
+            nn.Dropout(),
+            nn.Linear(9216, 4096),
+            nn.ReLU(),
+            nn.Dropout(),
+            nn.Linear(4096, 4096),
+            nn.ReLU(),
+            nn.Linear(4096, 1000),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.avgpool(self.features(x)).flatten(1))
+
+
+def resnet18_cifar() -> nn.Module:
+    """torchvision's ResNet-18 with a 3x3 stem and no pooling."""
+    model = torchvision.resnet18(num_classes=10)
+    model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
 
 
 class BasicBlock(nn.Module):

@@ -163,6 +163,14 @@ def batch_norm_backward(
     needs: list[bool],
 ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None, np.ndarray | None]: ...
 
+# Local response normalisation
+def local_response_norm(
+    x: np.ndarray, size: int, alpha: float, beta: float, k: float
+) -> np.ndarray: ...
+def local_response_norm_backward(
+    dy: np.ndarray, x: np.ndarray, size: int, alpha: float, beta: float, k: float
+) -> np.ndarray: ...
+
 # Elementwise
 def elementwise(name: str, x: np.ndarray, parameter: float) -> np.ndarray: ...
 def elementwise_backward(

@@ -142,6 +142,14 @@ def batch_norm(
     return apply(y, inputs, backward)
 
 
+def local_response_norm(
+    x: Input, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> Tensor:
+    """x / (k + alpha / size * sum of x^2 over `size` neighbouring channels)^beta, x[N,C,H,W]."""
+    settings = (size, alpha, beta, k)
+    return _of_one(ops.local_response_norm, ops.local_response_norm_backward, x, *settings)
+
+
 @overload
 def max_pool2d(
     x: Input,

@@ -280,6 +280,12 @@ class Tensor:
         old = self.shape
         return apply(self.data.reshape(*shape), (self,), lambda dy, _: (dy.reshape(old),))
 
+    def transpose(self, dim0: int, dim1: int) -> Tensor:
+        """A view of the same memory with two dimensions exchanged."""
+        return apply(
+            self.data.swapaxes(dim0, dim1), (self,), lambda dy, _: (dy.swapaxes(dim0, dim1),)
+        )
+
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Tensor:
         """Joins the dimensions start_dim..end_dim (inclusive) into one."""
         first, last = start_dim % max(self.ndim, 1), end_dim % max(self.ndim, 1)

@@ -6,6 +6,12 @@
 namespace fastconv::cpu {
 namespace {
 
+// Of single numbers, for loops that the compiler makes vectors of.
+inline float square_root(float a) { return __builtin_sqrtf(a); }
+inline double square_root(double a) { return __builtin_sqrt(a); }
+inline float power(float a, float b) { return __builtin_powf(a, b); }
+inline double power(double a, double b) { return __builtin_pow(a, b); }
+
 inline IntVec bits(Vec a) { return reinterpret_cast<IntVec>(a); }
 inline Vec as_float(IntVec a) { return reinterpret_cast<Vec>(a); }
 

@@ -1,7 +1,7 @@
 // Optimiser steps. Bound: memory; every array is read and written once.
 #pragma once
 
-#include "cpu/kernels/lanes.h"
+#include "cpu/kernels/math.inl.h"
 #include "cpu/kernels/optimizer.h"
 
 namespace fastconv::cpu {
@@ -24,9 +24,6 @@ template <class T> void sgd(T* p, const T* g, T* momentum, int64_t n, const SgdS
     store_lanes<tail.value>(p + i, fma(d, lr, value), lanes);
   });
 }
-
-inline float square_root(float a) { return __builtin_sqrtf(a); }
-inline double square_root(double a) { return __builtin_sqrt(a); }
 
 // g *= scale; p *= 1 - lr weight_decay; m += (1 - beta1) (g - m); v = beta2 v + (1 - beta2) g^2;
 // p -= step_size m / (sqrt(v) root_scale + eps). The compiler makes vectors of it.

@@ -8,6 +8,7 @@
 #include "cpu/kernels/loss.h"
 #include "cpu/kernels/optimizer.h"
 #include "cpu/kernels/pool2d.h"
+#include "cpu/kernels/response_norm.h"
 #include "cpu/kernels/roofline.h"
 #include "cpu/kernels/winograd.h"
 
@@ -32,6 +33,7 @@ struct KernelTable {
   WinogradKernels winograd;
   Typed<Pool2dKernels> pool2d;
   Typed<BatchNormKernels> batch_norm;
+  Typed<ResponseNormKernels> response_norm;
   Typed<ElementwiseKernels> elementwise;
   Typed<LossKernels> loss;
   Typed<OptimizerKernels> optimizer;

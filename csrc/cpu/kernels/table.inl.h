@@ -8,6 +8,7 @@
 #include "cpu/kernels/loss.inl.h"
 #include "cpu/kernels/optimizer.inl.h"
 #include "cpu/kernels/pool2d.inl.h"
+#include "cpu/kernels/response_norm.inl.h"
 #include "cpu/kernels/roofline.inl.h"
 #include "cpu/kernels/strip.inl.h"
 #include "cpu/kernels/table.h"
@@ -44,6 +45,7 @@ constexpr KernelTable kernel_table() {
       winograd_kernels(),
       {pool2d_kernels<float>(), pool2d_kernels<double>()},
       {batch_norm_kernels<float>(), batch_norm_kernels<double>()},
+      {response_norm_kernels<float>(), response_norm_kernels<double>()},
       {elementwise_kernels<float>(), elementwise_kernels<double>()},
       {loss_kernels<float>(), loss_kernels<double>()},
       {optimizer_kernels<float>(), optimizer_kernels<double>()},

@@ -53,6 +53,7 @@ from .pool import (
     max_pool2d,
     max_pool2d_backward,
 )
+from .response_norm import local_response_norm, local_response_norm_backward
 
 __all__ = [
     "adamw_step",
@@ -89,6 +90,8 @@ __all__ = [
     "leaky_relu_backward",
     "linear",
     "linear_backward",
+    "local_response_norm",
+    "local_response_norm_backward",
     "log_softmax",
     "log_softmax_backward",
     "max_pool2d",
