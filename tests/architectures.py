@@ -120,12 +120,16 @@ def create(name: str, **settings: Any) -> nn.Module:
 
 
 class _Zeros:
-    """Stands in for numpy's generator."""
+    """Stands in for numpy's generator and for what it draws."""
 
-    def uniform(self, low: float, high: float, size: Any) -> Array:
-        return np.zeros(size, np.float32)
+    def uniform(self, low: float, high: float, size: Any) -> _Zeros:
+        self.shape = size
+        return self
 
     normal = uniform
+
+    def astype(self, dtype: Any) -> Array:
+        return np.zeros(self.shape, dtype)  # memory that nobody has touched yet
 
 
 @contextmanager

@@ -108,7 +108,7 @@ class AlexNetLRN(Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Section 5: normal weights; biases of 1 keep the inputs of most ReLUs positive at first."""
+        """Section 5: normal weights; biases of 1 give most ReLUs positive inputs at first."""
         layers = [m for m in self.modules() if isinstance(m, Conv2d | Linear)]
         for number, layer in enumerate(layers, 1):
             weight = init.normal(layer.weight.shape, 0.01)
