@@ -74,7 +74,13 @@ def _vgg(parameters: int, name: str, **settings: Any) -> Architecture:
 
 
 def _resnet(parameters: int, name: str, **settings: Any) -> Architecture:
-    return Architecture(parameters, _torchvision(name), image_size=64, **settings)
+    return Architecture(parameters, _torchvision(name), image_size=33, **settings)
+
+
+def _bottleneck(parameters: int, name: str, **settings: Any) -> Architecture:
+    """With random weights 50 such layers part in float32 by 1e-2, PyTorch's from its own float64
+    too: rounding moves some values across the kinks of their ReLUs."""
+    return _resnet(parameters, name, gradients_in="float64", **settings)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -99,11 +105,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "vgg19_bn": _vgg(143_678_248, "vgg19_bn"),
     "resnet18": _resnet(11_689_512, "resnet18"),
     "resnet34": _resnet(21_797_672, "resnet34"),
-    "resnet50": _resnet(25_557_032, "resnet50", published=Published("torchvision", 224, "4.09")),
-    "resnet101": _resnet(44_549_160, "resnet101"),
-    "resnet152": _resnet(60_192_808, "resnet152"),
-    "resnext50_32x4d": _resnet(25_028_904, "resnext50_32x4d"),
-    "wide_resnet50_2": _resnet(68_883_240, "wide_resnet50_2"),
+    "resnet50": _bottleneck(
+        25_557_032, "resnet50", published=Published("torchvision", 224, "4.09")
+    ),
+    "resnet101": _bottleneck(44_549_160, "resnet101"),
+    "resnet152": _bottleneck(60_192_808, "resnet152"),
+    "resnext50_32x4d": _bottleneck(25_028_904, "resnext50_32x4d"),
+    "wide_resnet50_2": _bottleneck(68_883_240, "wide_resnet50_2"),
     "resnet18_cifar": Architecture(11_173_962, torch_models.resnet18_cifar),
     "resnet8_cifar": Architecture(78_042, lambda: torch_models.ResNet(1), batch=4),
     "resnet20_cifar": Architecture(272_474, lambda: torch_models.ResNet(3), batch=4),
@@ -162,8 +170,8 @@ _POOL = torch.rand(1_000_003, generator=torch.Generator().manual_seed(0)) * 2 - 
 
 
 def _draw(like: torch.Tensor, start: int) -> torch.Tensor:
-    rolled = torch.roll(_POOL, start).to(like.dtype)
-    return rolled.repeat(-(-like.numel() // len(rolled)))[: like.numel()].view(like.shape)
+    numbers = _POOL[start % 500_000 :][: like.numel()].to(like.dtype)
+    return numbers.repeat(-(-like.numel() // len(numbers)))[: like.numel()].view(like.shape)
 
 
 @torch.no_grad()
@@ -189,13 +197,13 @@ def _is_batch_norm(module: torch.nn.Module) -> bool:
 
 @torch.no_grad()
 def randomise_running_statistics(model: torch.nn.Module, images: torch.Tensor) -> None:
-    """Those of the batch `images`, moved by up to a quarter: other numbers, but of the right size,
-    so that activations neither vanish nor explode with the depth."""
+    """Those of the batch `images`, moved by up to a tenth: other numbers, but of the right size, so
+    that activations neither vanish nor explode with the depth."""
     norms = [module for module in model.modules() if _is_batch_norm(module)]
     for module in norms:
         module.momentum = 1.0
     model.train()(images)
     for number, module in enumerate(norms):
         mean, var = module.running_mean, module.running_var
-        var.clamp_(min=0.1 * float(var.mean())).mul_(1 + 0.25 * _draw(var, 7919 * number))
-        mean.add_(0.25 * var.sqrt() * _draw(mean, 7907 * number))
+        var.clamp_(min=0.1 * float(var.mean())).mul_(1 + 0.1 * _draw(var, 7919 * number))
+        mean.add_(0.1 * var.sqrt() * _draw(mean, 7907 * number))
