@@ -42,9 +42,13 @@ class Architecture:
     image_size, batch: of the runs, the smallest that still means something: where training would
         normalise fewer than a handful of values a channel, no two implementations agree.
     arguments: for `models.create`, of the runs.
-    gradients_in: the dtype of fastconv in the comparison of gradients. "float64" where float32
-        cannot reach the limit because the gradient itself is ill conditioned: PyTorch's float32
-        misses it too.
+    gradients_in: the dtype of fastconv in the comparison of gradients. In float32 rounding moves
+        some values across the kinks of their ReLUs, here and in PyTorch, and batch norms of few
+        values make 1e-2 of it; so float64, except where that would take gigabytes, and there are no
+        such batch norms.
+    residual_norm: how the names of the batch norms at the ends of residual branches end. Their scale
+        is drawn small, as training leaves it: where every branch is as strong as its shortcut,
+        rounding errors grow from block to block, and float32 is no longer right to 1e-5.
     reference_in: the dtype of PyTorch; float32 only where float64 would take gigabytes.
     """
 
@@ -54,8 +58,9 @@ class Architecture:
     in_channels: int = 3
     batch: int = 2
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    gradients_in: str = "float32"
+    gradients_in: str = "float64"
     reference_in: str = "float64"
+    residual_norm: str | None = None
     published: Published | None = None
 
     @property
@@ -67,25 +72,29 @@ def _torchvision(name: str, **arguments: Any) -> Callable[[], torch.nn.Module]:
     return lambda: torchvision.get_model(name, weights=None, **arguments)
 
 
+def _large(
+    parameters: int, reference: Callable[[], torch.nn.Module], **settings: Any
+) -> Architecture:
+    """In float64 its weights and gradients, here and in PyTorch, would take gigabytes."""
+    dtypes = {"gradients_in": "float32", "reference_in": "float32"}
+    return Architecture(parameters, reference, **dtypes, **settings)
+
+
 def _vgg(parameters: int, name: str, **settings: Any) -> Architecture:
-    return Architecture(
-        parameters, _torchvision(name, init_weights=False), reference_in="float32", **settings
-    )
+    return _large(parameters, _torchvision(name, init_weights=False), **settings)
 
 
 def _resnet(parameters: int, name: str, **settings: Any) -> Architecture:
-    return Architecture(parameters, _torchvision(name), image_size=33, **settings)
-
-
-def _bottleneck(parameters: int, name: str, **settings: Any) -> Architecture:
-    """With random weights 50 such layers part in float32 by 1e-2, PyTorch's from its own float64
-    too: rounding moves some values across the kinks of their ReLUs."""
-    return _resnet(parameters, name, gradients_in="float64", **settings)
+    return Architecture(
+        parameters,
+        _torchvision(name),
+        **{"image_size": 33, "residual_norm": "bn2", **settings},
+    )
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "alexnet": Architecture(61_100_840, _torchvision("alexnet"), image_size=63),
-    "alexnet_lrn": Architecture(60_965_224, torch_models.AlexNetLRN, image_size=63),
+    "alexnet": _large(61_100_840, _torchvision("alexnet"), image_size=63),
+    "alexnet_lrn": _large(60_965_224, torch_models.AlexNetLRN, image_size=63),
     "lenet5": Architecture(61_706, torch_models.LeNet5, in_channels=1, batch=4),
     "smallcnn": Architecture(545_290, torch_models.SmallCNN, batch=4),
     "textbook_stack": Architecture(554_346, torch_models.TextbookStack, batch=4),
@@ -105,13 +114,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "vgg19_bn": _vgg(143_678_248, "vgg19_bn"),
     "resnet18": _resnet(11_689_512, "resnet18"),
     "resnet34": _resnet(21_797_672, "resnet34"),
-    "resnet50": _bottleneck(
-        25_557_032, "resnet50", published=Published("torchvision", 224, "4.09")
+    "resnet50": _resnet(
+        25_557_032, "resnet50", residual_norm="bn3", published=Published("torchvision", 224, "4.09")
     ),
-    "resnet101": _bottleneck(44_549_160, "resnet101"),
-    "resnet152": _bottleneck(60_192_808, "resnet152"),
-    "resnext50_32x4d": _bottleneck(25_028_904, "resnext50_32x4d"),
-    "wide_resnet50_2": _bottleneck(68_883_240, "wide_resnet50_2"),
+    "resnet101": _resnet(44_549_160, "resnet101", residual_norm="bn3"),
+    "resnet152": _resnet(60_192_808, "resnet152", residual_norm="bn3"),
+    "resnext50_32x4d": _resnet(25_028_904, "resnext50_32x4d", residual_norm="bn3"),
+    "wide_resnet50_2": _resnet(68_883_240, "wide_resnet50_2", residual_norm="bn3"),
     "resnet18_cifar": Architecture(11_173_962, torch_models.resnet18_cifar),
     "resnet8_cifar": Architecture(78_042, lambda: torch_models.ResNet(1), batch=4),
     "resnet20_cifar": Architecture(272_474, lambda: torch_models.ResNet(3), batch=4),
@@ -152,7 +161,7 @@ def create_reference(name: str) -> torch.nn.Module:
     with torch.device("meta"):
         reference = line.reference()
     reference = reference.to_empty(device="cpu").to(getattr(torch, line.reference_in))
-    _randomise(reference)
+    _randomise(reference, line.residual_norm)
     return without_noise(reference)
 
 
@@ -170,13 +179,14 @@ _POOL = torch.rand(1_000_003, generator=torch.Generator().manual_seed(0)) * 2 - 
 
 
 def _draw(like: torch.Tensor, start: int) -> torch.Tensor:
-    numbers = _POOL[start % 500_000 :][: like.numel()].to(like.dtype)
-    return numbers.repeat(-(-like.numel() // len(numbers)))[: like.numel()].view(like.shape)
+    start %= 500_000
+    pool = _POOL.repeat(1 + (start + like.numel()) // len(_POOL))
+    return pool[start:][: like.numel()].view(like.shape).to(like.dtype)
 
 
 @torch.no_grad()
-def _randomise(model: torch.nn.Module) -> None:
-    for number, (_, module) in enumerate(model.named_modules()):
+def _randomise(model: torch.nn.Module, residual_norm: str | None) -> None:
+    for number, (path, module) in enumerate(model.named_modules()):
         for name, parameter in module.named_parameters(recurse=False):
             noise = _draw(parameter, 1009 * number)
             if _is_batch_norm(module):
@@ -186,6 +196,8 @@ def _randomise(model: torch.nn.Module) -> None:
             else:
                 parameter.copy_(0.1 * noise)
         if _is_batch_norm(module):
+            if residual_norm is not None and path.endswith(residual_norm):
+                module.weight.mul_(0.25)
             module.reset_running_stats()
         elif next(module.buffers(recurse=False), None) is not None:
             raise NotImplementedError(f"buffers of {type(module).__name__}")
