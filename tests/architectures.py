@@ -46,9 +46,9 @@ class Architecture:
         some values across the kinks of their ReLUs, here and in PyTorch, and batch norms of few
         values make 1e-2 of it; so float64, except where that would take gigabytes, and there are no
         such batch norms.
-    residual_norm: how the names of the batch norms at the ends of residual branches end. Their scale
-        is drawn small, as training leaves it: where every branch is as strong as its shortcut,
-        rounding errors grow from block to block, and float32 is no longer right to 1e-5.
+    residual_norm: how the names of the batch norms at the ends of residual branches end. Their
+        scale is drawn small, as training leaves it: where every branch is as strong as its
+        shortcut, rounding errors grow from block to block, and PyTorch's float32 too misses 1e-5.
     reference_in: the dtype of PyTorch; float32 only where float64 would take gigabytes.
     """
 
@@ -171,6 +171,11 @@ def without_noise(model: Any) -> Any:
         if type(module).__name__ in ("Dropout", "StochasticDepth"):
             module.p = 0.0
     return model
+
+
+def outputs(result: Any) -> list[Any]:
+    """The logits of all heads: models with auxiliary ones return several while they train."""
+    return list(result) if isinstance(result, tuple) else [result]
 
 
 # Random numbers in [-1, 1), used again and again: drawing 140 million for a VGG would take seconds.

@@ -17,6 +17,7 @@ from .architectures import (
     ARCHITECTURES,
     create,
     create_reference,
+    outputs,
     randomise_running_statistics,
     without_noise,
 )
@@ -32,11 +33,6 @@ def draw_images(shape: tuple[int, ...], seed: int) -> Array:
 def distance(found: Array, expected: Array) -> float:
     """Relative L2 of the difference."""
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-
-
-def outputs(result: Any) -> list[Any]:
-    """The logits of all heads: models with auxiliary ones return several while they train."""
-    return list(result) if isinstance(result, tuple) else [result]
 
 
 def test_the_table_is_complete() -> None:

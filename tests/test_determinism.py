@@ -81,6 +81,8 @@ def other_operations() -> Operations:
         "batch_norm_backward",
         lambda: fc.batch_norm_backward(dy, x, weight, bias, weight, bias=bias, **fused),
     )
+    yield "local_response_norm", lambda: fc.local_response_norm(x, 5, beta=0.6)
+    yield "local_response_norm_backward", lambda: fc.local_response_norm_backward(dy, x, 5)
     yield "gelu", lambda: fc.gelu(x)
     yield "silu_backward", lambda: fc.silu_backward(dy, x)
     yield "add", lambda: fc.add(x, dy)

@@ -52,6 +52,8 @@ CALLS = {
     "batch_norm": (X, np.zeros(19, "f"), np.ones(19, "f")),
     "batch_norm_train": (X, np.ones(19, "f"), None, None, None, 0.1, 1e-5),
     "batch_norm_backward": (X, X, np.ones(19, "f"), np.zeros(19, "f"), np.ones(19, "f")),
+    "local_response_norm": (X, 5),
+    "local_response_norm_backward": (X, X, 5),
     "relu": (X,),
     "gelu_backward": (X, X),
     "softmax": (X, 1),

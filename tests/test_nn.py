@@ -71,6 +71,11 @@ LAYERS: dict[str, Pair] = {
         IMAGES,
     ),
     "batch_norm_1d": (lambda: nn.BatchNorm1d(6), lambda: torch.nn.BatchNorm1d(6), ROWS),
+    "local_response_norm": (
+        lambda: nn.LocalResponseNorm(3, 0.5, 0.6, 2.0),
+        lambda: torch.nn.LocalResponseNorm(3, 0.5, 0.6, 2.0),
+        IMAGES,
+    ),
     "max_pool": (
         lambda: nn.MaxPool2d(3, 2, 1, ceil_mode=True),
         lambda: torch.nn.MaxPool2d(3, 2, 1, ceil_mode=True),

@@ -558,6 +558,8 @@ def test_17_no_access_outside_the_arrays_other(side, isa):
             fc.batch_norm(x, *vectors, True, **fused)
             fc.batch_norm(x, *vectors, False, **fused)
             fc.batch_norm_backward(x, x, *vectors[:3], bias=vectors[3], **fused)
+            fc.local_response_norm(x, 5)
+            fc.local_response_norm_backward(x, x, 4, beta=0.5)
             fc.add(x, x)
             fc.silu_backward(x, fc.silu(x))
             fc.dropout(x, seed=1)
