@@ -42,14 +42,12 @@ class Architecture:
     image_size, batch: of the runs, the smallest that still means something: where training would
         normalise fewer than a handful of values a channel, no two implementations agree.
     arguments: for `models.create`, of the runs.
-    gradients_in: the dtype of fastconv in the comparison of gradients. In float32 rounding moves
-        some values across the kinks of their ReLUs, here and in PyTorch, and batch norms of few
-        values make 1e-2 of it; so float64, except where that would take gigabytes, and there are no
-        such batch norms.
     residual_norm: how the names of the batch norms at the ends of residual branches end. Their
         scale is drawn small, as training leaves it: where every branch is as strong as its
         shortcut, rounding errors grow from block to block, and PyTorch's float32 too misses 1e-5.
-    reference_in: the dtype of PyTorch; float32 only where float64 would take gigabytes.
+    narrow: in the comparisons of logits and gradients one dense layer for ten classes replaces the
+        three of VGG with their 120 million weights, in both models. Those of `vgg11` and `vgg16_bn`
+        are compared whole: the code is the same.
     """
 
     parameters: int
@@ -58,8 +56,7 @@ class Architecture:
     in_channels: int = 3
     batch: int = 2
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    gradients_in: str = "float64"
-    reference_in: str = "float64"
+    narrow: bool = False
     residual_norm: str | None = None
     published: Published | None = None
 
@@ -72,16 +69,9 @@ def _torchvision(name: str, **arguments: Any) -> Callable[[], torch.nn.Module]:
     return lambda: torchvision.get_model(name, weights=None, **arguments)
 
 
-def _large(
-    parameters: int, reference: Callable[[], torch.nn.Module], **settings: Any
-) -> Architecture:
-    """In float64 its weights and gradients, here and in PyTorch, would take gigabytes."""
-    dtypes = {"gradients_in": "float32", "reference_in": "float32"}
-    return Architecture(parameters, reference, **dtypes, **settings)
-
-
 def _vgg(parameters: int, name: str, **settings: Any) -> Architecture:
-    return _large(parameters, _torchvision(name, init_weights=False), **settings)
+    reference = _torchvision(name, init_weights=False)
+    return Architecture(parameters, reference, **{"narrow": True, **settings})
 
 
 def _resnet(parameters: int, name: str, **settings: Any) -> Architecture:
@@ -93,12 +83,12 @@ def _resnet(parameters: int, name: str, **settings: Any) -> Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "alexnet": _large(61_100_840, _torchvision("alexnet"), image_size=63),
-    "alexnet_lrn": _large(60_965_224, torch_models.AlexNetLRN, image_size=63),
+    "alexnet": Architecture(61_100_840, _torchvision("alexnet"), image_size=63),
+    "alexnet_lrn": Architecture(60_965_224, torch_models.AlexNetLRN, image_size=63),
     "lenet5": Architecture(61_706, torch_models.LeNet5, in_channels=1, batch=4),
     "smallcnn": Architecture(545_290, torch_models.SmallCNN, batch=4),
     "textbook_stack": Architecture(554_346, torch_models.TextbookStack, batch=4),
-    "vgg11": _vgg(132_863_336, "vgg11"),
+    "vgg11": _vgg(132_863_336, "vgg11", narrow=False),
     "vgg11_bn": _vgg(132_868_840, "vgg11_bn"),
     "vgg13": _vgg(133_047_848, "vgg13"),
     "vgg13_bn": _vgg(133_053_736, "vgg13_bn"),
@@ -109,7 +99,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "torchvision; Araujo, Norris and Sim 2019", 224, "15.47", 212, "features.30"
         ),
     ),
-    "vgg16_bn": _vgg(138_365_992, "vgg16_bn"),
+    "vgg16_bn": _vgg(138_365_992, "vgg16_bn", narrow=False),
     "vgg19": _vgg(143_667_240, "vgg19"),
     "vgg19_bn": _vgg(143_678_248, "vgg19_bn"),
     "resnet18": _resnet(11_689_512, "resnet18"),
@@ -155,14 +145,25 @@ def _zeros_for_random_numbers() -> Iterator[None]:
         yield
 
 
-def create_reference(name: str) -> torch.nn.Module:
-    """The model in PyTorch with random weights that keep activations in range."""
+def create_pair(name: str) -> tuple[nn.Module, torch.nn.Module]:
+    """The model of a line, and the same in PyTorch with random weights that keep activations in
+    range, float64; without dropout."""
     line = ARCHITECTURES[name]
+    model = create(name)
     with torch.device("meta"):
         reference = line.reference()
-    reference = reference.to_empty(device="cpu").to(getattr(torch, line.reference_in))
+        if line.narrow:
+            replace_dense_layers(model, nn.Linear)
+            replace_dense_layers(reference, torch.nn.Linear)
+    reference = reference.double().to_empty(device="cpu")
     _randomise(reference, line.residual_norm)
-    return without_noise(reference)
+    return without_noise(model), without_noise(reference)
+
+
+def replace_dense_layers(model: Any, linear: Any) -> None:
+    """One dense layer for ten classes instead of the three of AlexNet and VGG."""
+    first = next(module for module in model.classifier.modules() if isinstance(module, linear))
+    model.classifier = linear(first.in_features, 10)
 
 
 def without_noise(model: Any) -> Any:

@@ -16,10 +16,9 @@ from fastconv.tensor import Array, Tensor
 from .architectures import (
     ARCHITECTURES,
     create,
-    create_reference,
+    create_pair,
     outputs,
     randomise_running_statistics,
-    without_noise,
 )
 
 LOGITS_LIMIT = 1e-5
@@ -52,13 +51,12 @@ def test_parameters_and_keys(name: str) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_same_weights_give_the_same_logits(name: str) -> None:
-    reference, model = create_reference(name), create(name)
-    dtype = next(reference.parameters()).dtype
+    model, reference = create_pair(name)
     x, other = (draw_images(ARCHITECTURES[name].image_shape, seed) for seed in (0, 1))
-    randomise_running_statistics(reference, torch.from_numpy(other).to(dtype))
+    randomise_running_statistics(reference, torch.from_numpy(other).double())
     model.load_state_dict(reference.state_dict())
     with torch.no_grad():
-        expected = reference.eval()(torch.from_numpy(x).to(dtype)).numpy()
+        expected = reference.eval()(torch.from_numpy(x).double()).numpy()
     found = model.eval()(x).data
     assert found.dtype == np.float32
     assert np.abs(expected).max() < 1e3
@@ -67,22 +65,23 @@ def test_same_weights_give_the_same_logits(name: str) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_same_gradients(name: str) -> None:
+    """In float64: in float32 rounding moves some values across the kinks of their ReLUs, in PyTorch
+    too, and batch norms of a few values make a difference of 1e-2 of it. test_trajectory.py trains
+    in float32."""
     line = ARCHITECTURES[name]
-    reference = create_reference(name)
-    model = without_noise(create(name)).astype(line.gradients_in)
-    model.load_state_dict(reference.state_dict())
-    x = draw_images(line.image_shape, seed=0)
+    model, reference = create_pair(name)
+    model.double().load_state_dict(reference.state_dict())
+    x = draw_images(line.image_shape, seed=0).astype(np.float64)
     target = np.arange(line.batch) % 10
 
     loss_of = torch.nn.CrossEntropyLoss()
-    images = torch.from_numpy(x).to(next(reference.parameters()).dtype)
     reference_loss = sum(
-        loss_of(logits, torch.from_numpy(target)) for logits in outputs(reference(images))
+        loss_of(logits, torch.from_numpy(target))
+        for logits in outputs(reference(torch.from_numpy(x)))
     )
     reference_loss.backward()
     loss: Any = sum(
-        nn.CrossEntropyLoss()(logits, target)
-        for logits in outputs(model(channels_last(x.astype(line.gradients_in))))
+        nn.CrossEntropyLoss()(logits, target) for logits in outputs(model(channels_last(x)))
     )
     assert isinstance(loss, Tensor)
     loss.backward()
