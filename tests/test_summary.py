@@ -182,6 +182,22 @@ def test_a_residual_inside_a_fused_layer() -> None:
     assert fields["fc"] == (25 + 7 * 4, 25 + 7 * 4)
 
 
+def test_resnet50_of_the_paper() -> None:
+    """He et al. 2015, table 1: 3.8 billion multiply-adds (3.86 with their 224 pixels and all 1x1
+    shortcuts); Araujo, Norris and Sim 2019, table: receptive field 483. Both for the stride in the
+    first 1x1 convolution of a block; with torchvision's, in the 3x3, they are 4.09 and 427.
+    """
+    model = models.resnet50()
+    own = {row.name: row.receptive_field for row in summarize(model, (3, 224, 224)).rows}
+    assert own["layer4.2.bn3"] == (427, 427)
+    for stage in (model.layer2, model.layer3, model.layer4):
+        first = stage[0]
+        first.conv1.stride, first.conv2.stride = (2, 2), (1, 1)
+    summary = summarize(model, (3, 224, 224))
+    assert {row.name: row.receptive_field for row in summary.rows}["layer4.2.bn3"] == (483, 483)
+    assert round(summary.multiply_adds / 1e9, 2) == 3.86
+
+
 def test_a_shortcut_counts_even_where_the_layer_itself_sees_less() -> None:
     class Late(nn.Module):
         def __init__(self) -> None:
@@ -195,13 +211,13 @@ def test_a_shortcut_counts_even_where_the_layer_itself_sees_less() -> None:
 
 def test_functions_that_are_no_layers() -> None:
     class Gate(nn.Module):
-        """Squeeze and excitation: every output depends on the whole plane."""
+        """Squeeze and excitation: the gate, which sees the whole plane, is left out."""
 
         def __init__(self) -> None:
-            self.dense = nn.Conv2d(1, 1, 1)
+            self.wide, self.dense = nn.Conv2d(1, 1, 5, padding=2), nn.Conv2d(1, 1, 1)
 
         def forward(self, x: Any) -> Tensor:
-            return x * self.dense(F.global_avg_pool2d(x))
+            return self.wide(x) * self.dense(F.global_avg_pool2d(x))
 
     class Pool(nn.Module):
         def __init__(self) -> None:
@@ -211,8 +227,7 @@ def test_functions_that_are_no_layers() -> None:
             return self.inner(F.max_pool2d(F.relu(x) * 2.0, 2))
 
     gated = last_row(Gate())
-    assert (gated.receptive_field, gated.jump) == ((16, 16), (1, 1))  # all of the image
-    assert gated.offset == (8, 8)
+    assert (gated.receptive_field, gated.jump, gated.offset) == ((5, 5), (1, 1), (0.5, 0.5))
     hidden = last_row(Pool())
     assert (hidden.receptive_field, hidden.jump, hidden.offset) == (None, None, None)
 

@@ -18,10 +18,10 @@ window is the smallest that holds both.
 
 Limits. Functions that are no layers change the window only where that can be told from the shapes:
 what reduces a plane to 1 x 1 sees all of it, everything else that changes the size of a plane (a
-functional max_pool2d, say) has an unknown window, and so has all that follows. Where something that
-sees the whole plane flows back into one (squeeze and excitation), the window given is that of the
-first output. Multiply-adds are those of convolutions and linear layers; a layer that is called
-twice counts twice, its parameters once.
+functional max_pool2d, say) has an unknown window, and so has all that follows. A gate of 1 x 1 that
+is broadcast over a plane (squeeze and excitation) is left out, though it sees all of the image: the
+window given is that of what it weighs, as in published figures. Multiply-adds are those of
+convolutions and linear layers; a layer that is called twice counts twice, its parameters once.
 """
 
 from __future__ import annotations
@@ -166,11 +166,10 @@ class _Axis:
         return self.window(1, self.size, self.size, 0, 1)
 
     def merged(self, other: _Axis) -> _Axis:
-        """The smallest window that holds both, where two branches meet."""
+        """The smallest window that holds both, where two branches of equal size meet."""
         low = min(self.offset - self.field / 2, other.offset - other.field / 2)
         high = max(self.offset + self.field / 2, other.offset + other.field / 2)
-        larger = self if self.size >= other.size else other  # the other is broadcast over it
-        return _Axis(larger.size, math.ceil(high - low), larger.jump, (low + high) / 2)
+        return _Axis(self.size, math.ceil(high - low), self.jump, (low + high) / 2)
 
 
 _Field = tuple[_Axis, _Axis]  # height, width
@@ -260,17 +259,26 @@ def _merge(fields: Iterable[_Field | None]) -> _Field | None:
     for field in fields:
         if field is None:
             return None
-        result = (
-            field if result is None else (result[0].merged(field[0]), result[1].merged(field[1]))
-        )
+        if result is None or _is_gate(result, of=field):
+            result = field
+        elif not _is_gate(field, of=result):
+            result = result[0].merged(field[0]), result[1].merged(field[1])
     return result
+
+
+def _is_gate(field: _Field, of: _Field) -> bool:
+    return _plane(field) == (1, 1) != _plane(of)
+
+
+def _plane(field: _Field) -> tuple[int, int]:
+    return field[0].size, field[1].size
 
 
 def _reshaped(field: _Field | None, shape: tuple[int, ...]) -> _Field | None:
     """The field behind a function that is no layer, as far as the shape of its result tells it."""
     if field is None or len(shape) != 4:
         return field  # flattened: each element sees what it saw
-    size = (field[0].size, field[1].size)
+    size = _plane(field)
     if size == shape[2:] or size == (1, 1):  # elementwise, or broadcast
         return field
     return (field[0].whole(), field[1].whole()) if shape[2:] == (1, 1) else None
