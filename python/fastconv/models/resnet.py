@@ -166,7 +166,11 @@ class ResNet(Module):
         self.conv1 = _conv(in_channels, widths[0], *((3,) if small_images else (7, 2)))
         self.bn1 = norm_layer(widths[0])
         self.maxpool = Identity() if small_images else MaxPool2d(3, stride=2, padding=1)
-        settings = {"groups": groups, "base_width": width_per_group, "norm_layer": norm_layer}
+        settings: dict[str, Any] = {
+            "groups": groups,
+            "base_width": width_per_group,
+            "norm_layer": norm_layer,
+        }
         inplanes, dilation = widths[0], 1
         for i, (planes, count) in enumerate(zip(widths, layers, strict=True)):
             stride, first_dilation = (1 if i == 0 else 2), dilation
