@@ -43,8 +43,14 @@ _MODULES = (
     "summary",
     "tensor",
     "train",
+    "weights",
 )
-_NAMES = {"Tensor": "tensor", "no_grad": "tensor", "manual_seed": "nn"}
+_NAMES = {
+    "Tensor": "tensor",
+    "no_grad": "tensor",
+    "manual_seed": "nn",
+    "read_weights": "weights",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -137,14 +137,14 @@ def _unpack(tree: Any, arrays: Arrays) -> Any:
 
 def _write(path: str | PathLike[str], arrays: Arrays, header: dict[str, Any]) -> None:
     metadata = {_KEY: json.dumps({"format": FORMAT, **header})}
-    atomic_write(path, _safetensors().save(arrays, metadata))
+    atomic_write(path, _safetensors().numpy.save(arrays, metadata))
 
 
 def _read(path: str | PathLike[str]) -> tuple[Arrays, dict[str, Any]]:
     library = _safetensors()
     content = Path(path).read_bytes()
     try:
-        arrays: Arrays = library.load(content)
+        arrays: Arrays = {name: _array(view) for name, view in library.deserialize(content)}
         # The file is the length of its header (8 bytes, little endian), that as JSON, the tensors.
         length = int.from_bytes(content[:8], "little")
         metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
@@ -156,6 +156,28 @@ def _read(path: str | PathLike[str]) -> tuple[Arrays, dict[str, Any]]:
     return arrays, header
 
 
+# The types of safetensors as they lie in the file, little endian.
+_TYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
+}  # fmt: skip
+
+
+def _array(view: Mapping[str, Any]) -> NDArray[Any]:
+    """A tensor of `safetensors.deserialize`; bfloat16, which numpy has not, becomes float32."""
+    kind = view["dtype"]
+    if kind not in _TYPES:
+        raise ValueError(f"a tensor of type {kind}, known are {', '.join(_TYPES)}")
+    stored = np.frombuffer(view["data"], _TYPES[kind]).reshape(view["shape"])
+    return widen_bfloat16(stored) if kind == "BF16" else stored
+
+
+def widen_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """The bits of bfloat16 numbers as float32, exactly: they are its upper half."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
 def _safetensors() -> Any:
     try:
         import safetensors.numpy
@@ -163,4 +185,4 @@ def _safetensors() -> Any:
         raise ImportError(
             "weight files need the package safetensors: pip install 'fastconv[train]'"
         ) from error
-    return safetensors.numpy
+    return safetensors

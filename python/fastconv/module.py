@@ -8,7 +8,7 @@ PyTorch's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,12 @@ class KeyReport(NamedTuple):
     unexpected_keys: list[str]
 
 
+class HasState(Protocol):
+    """A live module, of this library or of PyTorch."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+
 class HookHandle:
     """A registered hook; `remove()` unregisters it, any number of times."""
 
@@ -52,6 +58,7 @@ class Module:
 
     training: bool = True
     _buffer_names: tuple[str, ...] = ()
+    _optional_state: tuple[str, ...] = ()  # buffers that a state_dict may lack
     _forward_hooks: tuple[HookHandle, ...] = ()
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
@@ -156,14 +163,26 @@ class Module:
                 state.update(value.state_dict(_join(prefix, name)))
         return state
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> KeyReport:
-        """Copies numpy arrays, torch tensors or anything with DLPack into parameters and buffers.
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any] | HasState, strict: bool = True
+    ) -> KeyReport:
+        """Copies weights into parameters and buffers.
+
+        state_dict: numpy arrays, torch tensors or anything with DLPack by name
+            (`fastconv.read_weights` gives them for a file); or a live module, of fastconv or torch.
+        strict: whether missing and unexpected keys are errors; they are returned otherwise. As in
+            PyTorch, a batch norm's num_batches_tracked, younger than many weights, may be missing.
 
         ValueError names every key with a wrong shape or dtype and, when strict, every missing and
         unexpected key; then nothing has been changed.
         """
+        if not isinstance(state_dict, Mapping):
+            state_dict = _state_of(state_dict)
         own = self.state_dict()
-        missing = [key for key in own if key not in state_dict]
+        optional = {
+            _join(path, name) for path, m in self.named_modules() for name in m._optional_state
+        }
+        missing = [key for key in own if key not in state_dict and key not in optional]
         unexpected = [key for key in state_dict if key not in own]
         problems = [f"missing key {key!r} (shape {own[key].shape})" for key in missing if strict]
         problems += [f"unexpected key {key!r}" for key in unexpected if strict]
@@ -258,9 +277,24 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
+def _state_of(module: HasState) -> Mapping[str, Any]:
+    """TypeError when it is no module."""
+    if isinstance(module, type) or not callable(getattr(module, "state_dict", None)):
+        raise TypeError(f"expected weights by name or a module, got {type(module).__name__}")
+    return module.state_dict()
+
+
+def _readable(value: Any) -> Any:
+    """A torch tensor that numpy cannot share, on a GPU or of bfloat16, as one that it can."""
+    if not hasattr(value, "detach") or not hasattr(value, "cpu"):
+        return value
+    value = value.detach().cpu()
+    return value.float() if str(value.dtype) == "torch.bfloat16" else value
+
+
 def _loadable(value: Any, target: Array) -> Array:
     """`value` as an array that may be copied into `target`."""
-    array = to_numpy(value)
+    array = to_numpy(_readable(value))
     if array.shape != target.shape:
         raise ValueError(f"shape {array.shape} does not fit {target.shape}")
     if not np.can_cast(array.dtype, target.dtype, "same_kind"):

@@ -258,6 +258,7 @@ class Linear(Module):
 
 class _BatchNorm(Module):
     _dimensions = 4
+    _optional_state = ("num_batches_tracked",)
 
     def __init__(
         self,

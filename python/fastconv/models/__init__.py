@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastconv.models.alexnet import AlexNet, AlexNetLRN
+from fastconv.models.efficientnet_lite import EfficientNetLite, efficientnet_lite0
 from fastconv.models.lenet import LeNet5
 from fastconv.models.resnet import (
     BasicBlock,
@@ -49,6 +50,7 @@ __all__ = [
     "AlexNetLRN",
     "BasicBlock",
     "Bottleneck",
+    "EfficientNetLite",
     "LeNet5",
     "PatchEmbedding",
     "ResNet",
@@ -56,6 +58,7 @@ __all__ = [
     "TextbookStack",
     "available",
     "create",
+    "efficientnet_lite0",
     "resnet8_cifar",
     "resnet18",
     "resnet18_cifar",
@@ -79,6 +82,7 @@ __all__ = [
 _MODELS: dict[str, Callable[..., Module]] = {
     "alexnet": AlexNet,
     "alexnet_lrn": AlexNetLRN,
+    "efficientnet_lite0": efficientnet_lite0,
     "lenet5": LeNet5,
     "resnet101": resnet101,
     "resnet152": resnet152,
