@@ -164,3 +164,78 @@ class ResNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = torch.relu(self.bn1(self.conv1(x)))
         return self.fc(self.layer3(self.layer2(self.layer1(y))).mean((2, 3)))
+
+
+class SameConv2d(nn.Conv2d):
+    """Without bias; TensorFlow's "same": ceil(size / stride), the odd row and column at the end."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel, stride, groups=groups, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sides: list[int] = []
+        for size in (x.shape[3], x.shape[2]):  # pad() wants the last dimension first
+            kernel, stride = self.kernel_size[0], self.stride[0]
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            sides += [total // 2, total - total // 2]
+        return super().forward(nn.functional.pad(x, sides))
+
+
+def lite_batch_norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
+
+
+class LiteBlock(nn.Module):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, stride: int, expansion: int
+    ) -> None:
+        super().__init__()
+        channels = in_channels * expansion
+        self.expands = expansion > 1
+        if self.expands:
+            self._expand_conv = SameConv2d(in_channels, channels, 1)
+            self._bn0 = lite_batch_norm(channels)
+        self._depthwise_conv = SameConv2d(channels, channels, kernel, stride, groups=channels)
+        self._bn1 = lite_batch_norm(channels)
+        self._project_conv = SameConv2d(channels, out_channels, 1)
+        self._bn2 = lite_batch_norm(out_channels)
+        self.adds_input = stride == 1 and in_channels == out_channels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        relu6 = nn.functional.relu6
+        y = relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        y = relu6(self._bn1(self._depthwise_conv(y)))
+        y = self._bn2(self._project_conv(y))
+        return y + x if self.adds_input else y
+
+
+class EfficientNetLite0(nn.Module):
+    """As in the package efficientnet-lite-pytorch, without its stochastic depth and dropout."""
+
+    def __init__(self, num_classes: int = 1000) -> None:
+        super().__init__()
+        self._conv_stem = SameConv2d(3, 32, 3, 2)
+        self._bn0 = lite_batch_norm(32)
+        blocks = [LiteBlock(32, 16, 3, 1, 1)]
+        for in_channels, channels, kernel, stride, count in (
+            (16, 24, 3, 2, 2),
+            (24, 40, 5, 2, 2),
+            (40, 80, 3, 2, 3),
+            (80, 112, 5, 1, 3),
+            (112, 192, 5, 2, 4),
+            (192, 320, 3, 1, 1),
+        ):
+            blocks.append(LiteBlock(in_channels, channels, kernel, stride, 6))
+            blocks += [LiteBlock(channels, channels, kernel, 1, 6) for _ in range(count - 1)]
+        self._blocks = nn.ModuleList(blocks)
+        self._conv_head = SameConv2d(320, 1280, 1)
+        self._bn1 = lite_batch_norm(1280)
+        self._fc = nn.Linear(1280, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.relu6(self._bn0(self._conv_stem(x)))
+        for block in self._blocks:
+            y = block(y)
+        return self._fc(nn.functional.relu6(self._bn1(self._conv_head(y))).mean((2, 3)))

@@ -307,6 +307,13 @@ _EMPTY: dict[str, Callable[[], Any]] = {
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
+class _Source(NamedTuple):
+    """What pickletools reads from. It has no tell(), which would be asked at each instruction."""
+
+    read: Callable[[int], bytes]
+    readline: Callable[[], bytes]
+
+
 class _Pickle:
     """Runs the pickle at the present place of a file, up to its end.
 
@@ -315,13 +322,13 @@ class _Pickle:
     """
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+        self._source = _Source(file.read, file.readline)
         self._stack: list[Any] = []
         self._outer: list[list[Any]] = []  # a stack for each MARK that is still open
         self._memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        for opcode, argument, _ in pickletools.genops(self._file):
+        for opcode, argument, _ in pickletools.genops(self._source):
             if opcode.name == "STOP":
                 return self._pop()
             self._execute(opcode.name, argument)
