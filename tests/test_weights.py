@@ -396,9 +396,7 @@ def test_contradictions_are_named(
     ],
     ids=range(11),
 )
-def test_pickles_that_crash_others(
-    tmp_path: Path, pickled: bytes, message: str, form: str
-) -> None:
+def test_pickles_that_crash_others(tmp_path: Path, pickled: bytes, message: str, form: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_weights(with_pickle(tmp_path, pickled, form))
 
@@ -434,7 +432,9 @@ def test_archives_that_lie(tmp_path: Path) -> None:
 def test_archives_that_grow(tmp_path: Path) -> None:
     path = tmp_path / "bomb.pth"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", tensor_pickle(length=2**22, shape=(2**22,), strides=(1,)))
+        archive.writestr(
+            "archive/data.pkl", tensor_pickle(length=2**22, shape=(2**22,), strides=(1,))
+        )
         archive.writestr("archive/data/0", bytes(2**24))
     assert path.stat().st_size < 2**16
     with pytest.raises(ValueError, match="a compressed zip archive, which PyTorch never writes"):
@@ -451,7 +451,9 @@ def test_archives_that_grow(tmp_path: Path) -> None:
             entry.CRC, entry.header_offset = first.CRC, first.header_offset
             archive.filelist.append(entry)
             archive.NameToInfo[entry.filename] = entry
-    with pytest.raises(ValueError, match=r"its parts claim to be larger than the file of \d+ bytes"):
+    with pytest.raises(
+        ValueError, match=r"its parts claim to be larger than the file of \d+ bytes"
+    ):
         read_weights(path)
 
 
@@ -502,9 +504,7 @@ def test_a_live_module_gives_its_weights() -> None:
     other.load_state_dict(mine)
     np.testing.assert_array_equal(other[0].weight.data, mine[0].weight.data)
     mine.load_state_dict(reference.bfloat16())
-    np.testing.assert_array_equal(
-        mine[0].weight.data, reference[0].weight.detach().float().numpy()
-    )
+    np.testing.assert_array_equal(mine[0].weight.data, reference[0].weight.detach().float().numpy())
     for wrong in (7, torch.nn.Linear, None):
         with pytest.raises(TypeError, match="expected weights by name or a module, got"):
             mine.load_state_dict(wrong)  # type: ignore[arg-type]

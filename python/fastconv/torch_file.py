@@ -322,7 +322,7 @@ class _Pickle:
     """
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._source = _Source(file.read, file.readline)
+        self._source: Any = _Source(file.read, file.readline)
         self._stack: list[Any] = []
         self._outer: list[list[Any]] = []  # a stack for each MARK that is still open
         self._memo: dict[int, Any] = {}

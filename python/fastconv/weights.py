@@ -109,7 +109,7 @@ def head(model: nn.Module) -> str:
     alone ("classifier" of VGG, "fc" of ResNet), else that Linear layer itself.
     Raises ValueError for a model without a Linear layer.
     """
-    last = _linear_layers(model)[-1]
+    last = list(_linear_layers(model))[-1]
     child = last.partition(".")[0]
     parts = [m for m in dict(model.named_modules())[child].modules() if not any(m.children())]
     dense = all(isinstance(m, nn.Linear) or not any(m.parameters()) for m in parts)
@@ -123,19 +123,19 @@ def output_layers(model: nn.Module) -> list[str]:
     child of the model that ends in a Linear layer of as many outputs.
     Raises ValueError for a model without a Linear layer.
     """
-    layers = dict(model.named_modules())
-    last_of_child = {path.partition(".")[0]: path for path in _linear_layers(model)}
+    layers = _linear_layers(model)
+    last_of_child = {path.partition(".")[0]: path for path in layers}
     *others, main = last_of_child.values()
     classes = layers[main].out_features
     return [path for path in others if layers[path].out_features == classes] + [main]
 
 
-def _linear_layers(model: nn.Module) -> list[str]:
-    """The paths of the Linear layers, in order."""
-    paths = [path for path, m in model.named_modules() if isinstance(m, nn.Linear)]
-    if not paths:
+def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The Linear layers by path, in order."""
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if not layers:
         raise ValueError(f"{type(model).__name__} has no Linear layer, so no head to be found")
-    return paths
+    return layers
 
 
 def load_pretrained(model: nn.Module, weights: Mapping[str, Any]) -> list[str]:

@@ -40,9 +40,7 @@ _STAGES = (
 def _conv(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
 ) -> Conv2d:
-    conv = Conv2d(
-        in_channels, out_channels, kernel_size, stride, "same", groups=groups, bias=False
-    )
+    conv = Conv2d(in_channels, out_channels, kernel_size, stride, "same", groups=groups, bias=False)
     conv.weight.data = channels_last(init.kaiming_normal_fan_out(conv.weight.shape))
     return conv
 
@@ -115,7 +113,7 @@ class EfficientNetLite(Module):
         self._dropout = Dropout(dropout)
         self._fc = Linear(1280, num_classes)
 
-    def features(self, x: Any) -> Tensor:
+    def pooled_features(self, x: Any) -> Tensor:
         """What the dense layer sees: images [N, C, H, W] -> [N, 1280]."""
         y = self._bn0(self._conv_stem(x), activation="relu6")
         for block in self._blocks:
@@ -125,7 +123,7 @@ class EfficientNetLite(Module):
         return pooled
 
     def forward(self, x: Any) -> Tensor:
-        logits: Tensor = self._fc(self._dropout(self.features(x)))
+        logits: Tensor = self._fc(self._dropout(self.pooled_features(x)))
         return logits
 
 
