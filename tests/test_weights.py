@@ -562,7 +562,7 @@ def test_auxiliary_heads() -> None:
     assert weights.head(model) == "fc"
     assert weights.output_layers(model) == ["aux.2", "fc"]
     state = {key: value.copy() for key, value in TwoHeads(7).state_dict().items()}
-    assert weights.load_pretrained(model, state) == ["aux.2", "fc"]
+    assert weights.load_pretrained(model, state) == (["aux.2", "fc"], None)
     np.testing.assert_array_equal(model.aux[0].weight.data, state["aux.0.weight"])
     with pytest.raises(ValueError, match="Flatten has no Linear layer"):
         weights.head(nn.Flatten())
@@ -572,14 +572,14 @@ def test_weights_of_other_classes() -> None:
     fastconv.manual_seed(1)
     pretrained, model = small(7), small(10)
     fresh = model.classifier[4].weight.data.copy()
-    assert weights.load_pretrained(model, pretrained.state_dict()) == ["classifier.4"]
+    assert weights.load_pretrained(model, pretrained.state_dict()) == (["classifier.4"], None)
     np.testing.assert_array_equal(model.classifier[4].weight.data, fresh)
     for key, value in model.state_dict().items():
         if not key.startswith("classifier.4."):
             np.testing.assert_array_equal(value, pretrained.state_dict()[key], err_msg=key)
 
     same = small(7)
-    assert weights.load_pretrained(same, pretrained.state_dict()) == []
+    assert weights.load_pretrained(same, pretrained.state_dict()) == ([], None)
     np.testing.assert_array_equal(
         same.classifier[4].weight.data, pretrained.classifier[4].weight.data
     )

@@ -96,7 +96,20 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"expected numbers as 10,15, got {text!r}") from None
 
 
-_METAVAR: dict[Any, str] = {str: "NAME", int: "N", float: "X", _whole_numbers: "N,N"}
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers as 0.5,0.4, got {text!r}") from None
+
+
+_METAVAR: dict[Any, str] = {
+    str: "NAME",
+    int: "N",
+    float: "X",
+    _whole_numbers: "N,N",
+    _numbers: "X,X",
+}
 
 # (name, type, meaning with the default in brackets); each is a field of TrainConfig.
 _TRAIN_OPTIONS: dict[str, tuple[tuple[str, Any, str], ...]] = {
@@ -105,6 +118,13 @@ _TRAIN_OPTIONS: dict[str, tuple[tuple[str, Any, str], ...]] = {
         ("data", str, "mnist5k, mnist, cifar10, cifar100 or folder (mnist5k)"),
         ("data-dir", str, "folder with the data set's files; for `folder` it has train/ and test/"),
         ("image-size", int, "scale images to N x N (their own size; 32 for `folder`)"),
+    ),
+    "transfer": (
+        ("weights", str, "start from the weights in this file (.pth, .safetensors)"),
+        ("freeze-backbone", bool, "train the head alone (no)"),
+        ("backbone-lr-scale", float, "factor on the learning rate of all but the head (1)"),
+        ("mean", _numbers, "of the channels, 1 is white (as weights expect, or as in the images)"),
+        ("std", _numbers, "of the channels"),
     ),
     "optimisation": (
         ("epochs", int, "times through the training images (12)"),

@@ -33,6 +33,11 @@ class TrainConfig:
     data: str = "mnist5k"
     data_dir: str | None = None
     image_size: int | None = None  # height and width that images are scaled to
+    mean: tuple[float, ...] | None = None  # of the channels, in units of 255; None: those that the
+    std: tuple[float, ...] | None = None  # weights expect, without weights the training images'
+    weights: str | None = None  # file of pretrained weights to start from
+    freeze_backbone: bool = False  # train the head alone
+    backbone_lr_scale: float = 1.0  # factor on the learning rate of everything but the head
     epochs: int = 12
     batch_size: int = 64
     accumulate: int = 1  # batches whose gradients make one step
@@ -89,6 +94,8 @@ class TrainConfig:
             self,
             image_size=default(self.image_size, _IMAGE_SIZE.get(self.data)),
             milestones=tuple(default(self.milestones, halves)),
+            mean=None if self.mean is None else tuple(self.mean),
+            std=None if self.std is None else tuple(self.std),
             lr=default(self.lr, _LR[self.optimizer]),
             weight_decay=default(self.weight_decay, _WEIGHT_DECAY[self.optimizer]),
             crop_padding=default(self.crop_padding, _CROP_PADDING.get(self.data, 4)),
@@ -98,6 +105,7 @@ class TrainConfig:
             ("epochs batch_size accumulate image_size patience threads workers", 1, math.inf),
             ("log_every checkpoint_every", 1, math.inf),
             ("lr weight_decay clip_norm gamma warmup_steps prefetch", 0, math.inf),
+            ("backbone_lr_scale", 0, math.inf),
             ("momentum label_smoothing ema", 0, 1),
             ("seed", 0, 2**64),
         ):
@@ -107,6 +115,8 @@ class TrainConfig:
                     raise ValueError(f"{name} must be at least {low} and below {high}, got {value}")
         if list(config.milestones or ()) != sorted(config.milestones or ()):
             raise ValueError(f"milestones must not fall, got {config.milestones}")
+        if (config.mean is None) != (config.std is None):
+            raise ValueError(f"mean and std go together, got {config.mean} and {config.std}")
         config.augmentation()  # which checks its own values
         return config
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
-from fastconv import checkpoint, data, models, nn, optim
+from fastconv import checkpoint, data, models, nn, optim, weights
 from fastconv.config import TrainConfig
-from fastconv.data import DataLoader
+from fastconv.data import DataLoader, Dataset
 
 
 def prepare_data(config: TrainConfig) -> tuple[DataLoader, DataLoader, dict[str, Any]]:
@@ -29,7 +30,7 @@ def prepare_data(config: TrainConfig) -> tuple[DataLoader, DataLoader, dict[str,
             f"the test images {test_set.image_shape} or classes {test_set.classes} differ from "
             f"those to train, {train_set.image_shape} and {train_set.classes}"
         )
-    mean, std = data.channel_statistics(train_set)
+    mean, std = _statistics(config, train_set)
     train_loader = DataLoader(
         train_set,
         config.batch_size * config.accumulate,
@@ -54,6 +55,16 @@ def prepare_data(config: TrainConfig) -> tuple[DataLoader, DataLoader, dict[str,
     return train_loader, test_loader, info
 
 
+def _statistics(config: TrainConfig, train_set: Dataset) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and deviation that the images are normalised by."""
+    if config.mean is not None and config.std is not None:
+        return config.mean, config.std
+    expected = None
+    if config.weights is not None:
+        expected = weights.expected_statistics(config.weights, train_set.image_shape[2])
+    return expected or data.channel_statistics(train_set)
+
+
 def evaluation_batch(image_size: int) -> int:
     """A batch that takes little memory: 250 images, fewer where they are large."""
     return max(1, min(250, 2**20 // image_size**2))
@@ -70,8 +81,19 @@ def create_model(info: dict[str, Any]) -> nn.Module:
 
 def create_optimizer(config: TrainConfig, model: nn.Module) -> optim.Optimizer:
     assert config.lr is not None and config.weight_decay is not None  # resolved
+    scale, lr_scale = config.backbone_lr_scale, None
+    if scale != 1:
+        head = f"{weights.head(model)}."
+
+        def lr_scale(name: str) -> float:
+            return 1.0 if name.startswith(head) else scale
+
     groups = optim.parameter_groups(
-        model.named_parameters(), config.lr, config.weight_decay, decay_all=config.decay_all
+        model.named_parameters(),
+        config.lr,
+        config.weight_decay,
+        lr_scale=lr_scale,
+        decay_all=config.decay_all,
     )
     if config.optimizer == "sgd":
         return optim.SGD(groups, config.lr, config.momentum, nesterov=config.momentum > 0)
@@ -101,9 +123,9 @@ def create_schedule(
 
 def load_model(path: str | PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a checkpoint that `train` wrote, last or best, and the information on it."""
-    weights, info = checkpoint.load_weights(path)
+    state, info = checkpoint.load_weights(path)
     if "model" not in info:
         raise ValueError(f"{path}: does not say which model its weights belong to")
     model = create_model(info)
-    model.load_state_dict(weights)
+    model.load_state_dict(state)
     return model, info

@@ -39,6 +39,7 @@ from fastconv.recipe import (
 )
 from fastconv.run_folder import RunFolder
 from fastconv.step import Step, TrainingError, train_step
+from fastconv.weights import freeze_backbone, load_pretrained, read_weights
 
 __all__ = [
     "Evaluation",
@@ -130,8 +131,12 @@ def train(
         checkpoint.check_available()
         folder.check_free(overwrite)
     run = _Run(config, folder, progress or Progress())
+    if config.weights is not None:
+        run.load_pretrained(config.weights)
     if folder is not None:
-        folder.create(config)
+        folder.create(run.config)
+    if config.weights is not None:
+        run.save()  # from now on the file of the weights is not needed
     return run.run()
 
 
@@ -165,6 +170,8 @@ class _Run:
         self.train_loader, self.test_loader, self.info = prepare_data(config)
         fastconv.manual_seed(config.seed)
         self.model = create_model(self.info)
+        if config.freeze_backbone:
+            freeze_backbone(self.model)
         self.ema = EMA(self.model, config.ema) if config.ema else None
         self.optimizer = create_optimizer(config, self.model)
         self.schedule = create_schedule(
@@ -219,6 +226,8 @@ class _Run:
         assert config.lr is not None  # resolved
         self.progress.epoch_started(at.epoch, len(self.train_loader), at.batch)
         self.model.train()
+        if config.freeze_backbone:
+            freeze_backbone(self.model)
         mark = time.perf_counter()
         with closing(self.train_loader.batches(at.epoch, start=at.batch)) as batches:
             for x, y in batches:
@@ -295,9 +304,23 @@ class _Run:
             state["ema"] = {"updates": self.ema.updates, "model": self.model.state_dict()}
         checkpoint.save_state(self.folder.last, state, self.info)
 
+    def load_pretrained(self, path: str) -> None:
+        """Starts from the weights in a file, with what they expect of images."""
+        fresh, grey = load_pretrained(self.model, read_weights(path))
+        self.result_model.load_state_dict(self.model)  # averages start there, too
+        mean, std = tuple(self.info["mean"]), tuple(self.info["std"])
+        self.config = dataclasses.replace(self.config, mean=mean, std=std)
+        classes = len(self.info["classes"])
+        for layer in fresh:
+            self.progress.message(f"{layer}: new, since {path} has not {classes} classes")
+        if grey is not None:
+            self.progress.message(f"{grey}: summed over the channels, since the images are grey")
+
     def restore(self) -> None:
         """Takes up the last checkpoint; a run killed before its first one starts again."""
         if self.folder is None or not self.folder.last.exists():
+            if self.config.weights is not None:
+                self.load_pretrained(self.config.weights)
             return
         state, _ = checkpoint.load_state(self.folder.last)
         images = len(self.train_loader.dataset)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 from fastconv import checkpoint, nn, torch_file
 
 __all__ = [
+    "Adapted",
     "backbone_modules",
+    "expected_statistics",
     "freeze_backbone",
     "head",
     "load_pretrained",
@@ -32,6 +34,9 @@ __all__ = [
 ]
 
 Arrays = dict[str, NDArray[Any]]
+
+# By the number of channels, in units of 255: those of torchvision, and their averages.
+_IMAGENET = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.226,))}
 
 # What a wrapper around the trained model puts before every key: DataParallel, torch.compile.
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -52,17 +57,20 @@ def read_weights(path: str | PathLike[str], key: str | None = None) -> Arrays:
     Raises FileNotFoundError, or ValueError for a file that is damaged or of another kind, and where
     it is not clear which of its tensors are meant.
     """
+    return _without_wrapper(_state_dict(path, _read(path)[0], key))
+
+
+def _read(path: str | PathLike[str]) -> tuple[Any, dict[str, Any]]:
+    """What is in the file, and the information that `checkpoint` keeps beside weights."""
     with open(path, "rb") as file:
         start = file.read(16)
     if torch_file.is_torch_file(start):
-        found = torch_file.read(path)
-    elif start[8:9] == b"{":  # the header of safetensors: its length in 8 bytes, then JSON
-        found = checkpoint.load_weights(path)[0]
-    else:
-        raise ValueError(
-            f"{path}: neither a file of torch.save nor a safetensors file, begins with {start!r}"
-        )
-    return _without_wrapper(_state_dict(path, found, key))
+        return torch_file.read(path), {}
+    if start[8:9] == b"{":  # the header of safetensors: its length in 8 bytes, then JSON
+        return checkpoint.load_weights(path)
+    raise ValueError(
+        f"{path}: neither a file of torch.save nor a safetensors file, begins with {start!r}"
+    )
 
 
 def _state_dict(path: str | PathLike[str], found: Any, key: str | None) -> Arrays:
@@ -138,12 +146,21 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return layers
 
 
-def load_pretrained(model: nn.Module, weights: Mapping[str, Any]) -> list[str]:
-    """Loads weights that may have been trained for other classes; the paths of the layers left out.
+class Adapted(NamedTuple):
+    """What `load_pretrained` could not take as it was."""
 
-    Everything must fit, as in load_state_dict, except output layers whose number of outputs
-    differs: those keep the model's own fresh weights, and are returned.
-    Raises ValueError with every key that does not fit.
+    fresh: list[str]  # paths of output layers that kept their own weights
+    grey: str | None  # path of the first convolution, if its filters became those of grey images
+
+
+def load_pretrained(model: nn.Module, weights: Mapping[str, Any]) -> Adapted:
+    """Loads weights that may have been trained for other classes, or for colour instead of grey.
+
+    Everything must fit, as in load_state_dict, with two exceptions. Output layers whose number of
+    outputs differs keep the model's own fresh weights. A first convolution for one channel, where
+    the weights are for three, gets the sums over them: what the network would see of a grey image
+    whose three channels are alike.
+    Raises ValueError with every other key that does not fit.
     """
     own = model.state_dict()
     fresh = [
@@ -153,9 +170,30 @@ def load_pretrained(model: nn.Module, weights: Mapping[str, Any]) -> list[str]:
         and np.shape(weights[f"{path}.weight"])[:1] != own[f"{path}.weight"].shape[:1]
     ]
     skipped = {f"{path}.{name}" for path in fresh for name in ("weight", "bias")}
-    kept = {name: own[name] if name in skipped else value for name, value in weights.items()}
-    model.load_state_dict(kept)
-    return fresh
+    fitting = {name: own[name] if name in skipped else value for name, value in weights.items()}
+
+    first = next((p for p, m in model.named_modules() if isinstance(m, nn.Conv2d)), "")
+    key = f"{first}.weight"
+    shape = own[key].shape if first else ()
+    grey = shape[1:2] == (1,) and np.shape(weights.get(key, ())) == (shape[0], 3, *shape[2:])
+    if grey:
+        fitting[key] = np.asarray(weights[key]).sum(axis=1, keepdims=True)
+    model.load_state_dict(fitting)
+    return Adapted(fresh, first if grey else None)
+
+
+def expected_statistics(
+    path: str | PathLike[str], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """(mean, std) by channel, in units of 255, of the images that a file's weights were trained on.
+
+    A file written by `fastconv.train` says so; of others the statistics of ImageNet, usual for
+    weights, are assumed, for grey images their averages. None for any other number of channels.
+    """
+    info = _read(path)[1]
+    if len(info.get("mean", ())) == channels == len(info.get("std", ())):
+        return tuple(info["mean"]), tuple(info["std"])
+    return _IMAGENET.get(channels)
 
 
 def backbone_modules(model: nn.Module) -> list[nn.Module]:
