@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from . import torch_models
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -57,9 +59,11 @@ def test_transfer_learning_beats_random_features() -> None:
     assert accuracy["pretrained"] > accuracy["random"] + 0.3
 
 
-def test_readme_snippets_run() -> None:
-    pytest.importorskip("torch")
+def test_readme_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch_models.SmallCNN().state_dict(), "smallcnn.pth")
     readme = (EXAMPLES.parent / "README.md").read_text()
     snippets = re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     exec(compile("\n".join(snippets), "README.md", "exec"), {})
