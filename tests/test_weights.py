@@ -197,6 +197,17 @@ def test_safetensors_files_are_known_by_their_content(tmp_path: Path) -> None:
     assert found["w"].tolist() == [1, 1] and found["b"].tolist() == [0, 1, 2]
 
 
+def test_the_length_of_a_safetensors_header_may_look_like_a_pickle(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    path = tmp_path / "weights"
+    starts = set()
+    for length in range(0, 260, 8):
+        checkpoint.save_weights(path, {"w" * (1 + length): np.ones(2)})
+        starts.add(path.read_bytes()[0])
+        assert len(read_weights(path)) == 1
+    assert 0x80 in starts
+
+
 def test_files_of_another_kind(tmp_path: Path) -> None:
     path = tmp_path / "some.pth"
     for content in (b"", b"text", b"\x89PNG\r\n\x1a\n" + bytes(20)):

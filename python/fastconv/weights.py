@@ -64,10 +64,11 @@ def _read(path: str | PathLike[str]) -> tuple[Any, dict[str, Any]]:
     """What is in the file, and the information that `checkpoint` keeps beside weights."""
     with open(path, "rb") as file:
         start = file.read(16)
+    # The header of safetensors: its length in 8 bytes, which may look like a pickle, then JSON.
+    if start[8:9] == b"{":
+        return checkpoint.load_weights(path)
     if torch_file.is_torch_file(start):
         return torch_file.read(path), {}
-    if start[8:9] == b"{":  # the header of safetensors: its length in 8 bytes, then JSON
-        return checkpoint.load_weights(path)
     raise ValueError(
         f"{path}: neither a file of torch.save nor a safetensors file, begins with {start!r}"
     )
