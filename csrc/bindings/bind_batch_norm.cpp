@@ -14,13 +14,16 @@ using MaybeArray = std::optional<py::array>;
 // A vector over the channels, checked and dense; null if not given.
 class ChannelVector {
  public:
-  ChannelVector(const MaybeArray& array, const char* name, const BatchNormProblem& problem) {
+  ChannelVector(const MaybeArray& array, const char* name, const BatchNormProblem& problem)
+      : ChannelVector(array, name, problem, problem.dtype) {}
+  ChannelVector(const MaybeArray& array, const char* name, const BatchNormProblem& problem, DType dtype) {
     if (!array) return;
     const TensorView v = view(*array, name);
-    check_vector(name, v, problem.dtype, problem.channels());
+    check_vector(name, v, dtype, problem.channels());
     vector_.emplace(v, name);
   }
   const void* data() const { return vector_ ? vector_->data() : nullptr; }
+  const double* doubles() const { return static_cast<const double*>(data()); }
 
  private:
   std::optional<Vector> vector_;
@@ -64,14 +67,42 @@ std::optional<ChannelsLast> image(const MaybeArray& array, const char* name, con
 
 const void* data_of(const std::optional<ChannelsLast>& a) { return a ? a->data() : nullptr; }
 
+// Two vectors of doubles over the channels, a row each.
+py::array two_rows(const BatchNormProblem& problem) { return new_array(DType::kFloat64, {2, problem.channels()}); }
+
+py::array batch_norm_moments(const py::array& x_in) {
+  const TensorView x_view = view(x_in, "input");
+  const BatchNormProblem problem = make_batch_norm(x_view.dtype, shape4(x_view, "input"), 0, false);
+  const ChannelsLast x(x_in, "input");
+  py::array moments = two_rows(problem);
+  auto* mean = static_cast<double*>(moments.mutable_data());
+  {
+    py::gil_scoped_release nogil;
+    cpu::batch_norm_moments(problem, x.data(), mean, mean + problem.channels());
+  }
+  return moments;
+}
+
+// The moments of the whole batch where x is a part of it: (count, mean, squares).
+using GivenMoments = std::optional<std::tuple<int64_t, py::array, py::array>>;
+
 std::tuple<py::array, py::array, py::array> batch_norm_train(const py::array& x_in, const MaybeArray& weight_in,
                                                              const MaybeArray& bias_in, const MaybeArray& mean_in,
                                                              const MaybeArray& var_in, double momentum, double eps,
                                                              const MaybeArray& residual_in,
-                                                             const std::string& activation_name) {
+                                                             const std::string& activation_name,
+                                                             const GivenMoments& given) {
   const Activation activation = parse_activation(activation_name);
   const TensorView x_view = view(x_in, "input");
-  const BatchNormProblem problem = make_batch_norm(x_view.dtype, shape4(x_view, "input"), eps, true);
+  const BatchNormProblem problem = make_batch_norm(x_view.dtype, shape4(x_view, "input"), eps, !given);
+  const int64_t count = given ? std::get<0>(*given) : problem.rows();
+  FC_CHECK(!given || (count >= problem.rows() && count != 1),
+           "the whole batch must have more than one value per channel and those of the input, got ", count, " and ",
+           problem.rows());
+  const ChannelVector given_mean(given ? MaybeArray(std::get<1>(*given)) : std::nullopt, "mean", problem,
+                                 DType::kFloat64);
+  const ChannelVector given_squares(given ? MaybeArray(std::get<2>(*given)) : std::nullopt, "squares", problem,
+                                    DType::kFloat64);
   const ChannelVector weight(weight_in, "weight", problem), bias(bias_in, "bias", problem);
   RunningVector running_mean(mean_in, "running_mean", problem), running_var(var_in, "running_var", problem);
   const auto residual = image(residual_in, "residual", problem);
@@ -82,11 +113,18 @@ std::tuple<py::array, py::array, py::array> batch_norm_train(const py::array& x_
   void *mean_data = mean.mutable_data(), *rstd_data = rstd.mutable_data();
   {
     py::gil_scoped_release nogil;
-    const Buffer variance(std::max<int64_t>(problem.channels(), 1) * itemsize(problem.dtype));
-    cpu::batch_norm_statistics(problem, x.data(), mean_data, rstd_data, variance.as<void>());
+    const int64_t channels = std::max<int64_t>(problem.channels(), 1);
+    const Buffer variance(channels * itemsize(problem.dtype)), own(given ? 0 : 2 * channels * sizeof(double));
+    cpu::Moments moments{count, given_mean.doubles(), given_squares.doubles()};
+    if (!given) {
+      auto* doubles = own.as<double>();
+      cpu::batch_norm_moments(problem, x.data(), doubles, doubles + channels);
+      moments = {count, doubles, doubles + channels};
+    }
+    cpu::batch_norm_statistics(problem, moments, mean_data, rstd_data, variance.as<void>());
     cpu::batch_norm_forward(
         problem, {x.data(), mean_data, rstd_data, weight.data(), bias.data(), data_of(residual), activation}, y.data());
-    if (problem.rows() > 0) {
+    if (count > 0) {
       running_mean.update(mean_data, momentum);
       running_var.update(variance.as<void>(), momentum);
     }
@@ -160,16 +198,80 @@ Gradients batch_norm_backward(const py::array& dy_in, const py::array& x_in, con
   return result;
 }
 
+// The sums take an activation only where the kernel itself can undo it.
+Activation parse_clamp(const std::string& name) {
+  const Activation activation = parse_activation(name);
+  FC_CHECK(activation == Activation::kNone || activation == Activation::kReLU || activation == Activation::kReLU6,
+           "activation must be None, 'relu' or 'relu6', got '", name, "'");
+  return activation;
+}
+
+std::tuple<py::array, MaybeArray> batch_norm_backward_sums(const py::array& dy_in, const py::array& x_in,
+                                                           const MaybeArray& weight_in, const py::array& mean_in,
+                                                           const py::array& rstd_in, const MaybeArray& bias_in,
+                                                           const MaybeArray& residual_in,
+                                                           const std::string& activation_name) {
+  const Activation activation = parse_clamp(activation_name);
+  const TensorView x_view = view(x_in, "input");
+  const BatchNormProblem problem = make_batch_norm(x_view.dtype, shape4(x_view, "input"), 0, false);
+  const ChannelVector weight(weight_in, "weight", problem), bias(bias_in, "bias", problem);
+  const ChannelVector mean(mean_in, "mean", problem), rstd(rstd_in, "rstd", problem);
+  const auto dy = image(dy_in, "dy", problem);
+  const auto residual = image(residual_in, "residual", problem);
+  const ChannelsLast x(x_in, "input");
+  std::optional<Output> dresidual;
+  if (residual) dresidual.emplace(problem.dtype, problem.shape, residual->layout());
+  py::array totals = two_rows(problem);
+  auto* totals_data = static_cast<double*>(totals.mutable_data());
+  {
+    py::gil_scoped_release nogil;
+    cpu::batch_norm_backward_sums(
+        problem, {x.data(), mean.data(), rstd.data(), weight.data(), bias.data(), data_of(residual), activation},
+        dy->data(), dresidual ? dresidual->data() : nullptr, totals_data);
+  }
+  return {totals, dresidual ? MaybeArray(dresidual->finish()) : std::nullopt};
+}
+
+py::array batch_norm_backward_input(const py::array& dy_in, const py::array& x_in, const MaybeArray& weight_in,
+                                    const py::array& mean_in, const py::array& rstd_in, const py::array& sum_in,
+                                    const py::array& products_in, int64_t count, const MaybeArray& bias_in,
+                                    const std::string& activation_name) {
+  const Activation activation = parse_clamp(activation_name);
+  const TensorView x_view = view(x_in, "input");
+  const BatchNormProblem problem = make_batch_norm(x_view.dtype, shape4(x_view, "input"), 0, false);
+  FC_CHECK(count >= problem.rows(), "count must be at least the values per channel of the input, got ", count, " and ",
+           problem.rows());
+  const ChannelVector weight(weight_in, "weight", problem), bias(bias_in, "bias", problem);
+  const ChannelVector mean(mean_in, "mean", problem), rstd(rstd_in, "rstd", problem);
+  const ChannelVector sum(sum_in, "sum", problem, DType::kFloat64);
+  const ChannelVector products(products_in, "products", problem, DType::kFloat64);
+  const auto dy = image(dy_in, "dy", problem);
+  const ChannelsLast x(x_in, "input");
+  Output dx(problem.dtype, problem.shape, x.layout());
+  {
+    py::gil_scoped_release nogil;
+    cpu::batch_norm_backward_input(
+        problem, {x.data(), mean.data(), rstd.data(), weight.data(), bias.data(), nullptr, activation}, dy->data(),
+        sum.doubles(), products.doubles(), count, dx.data());
+  }
+  return dx.finish();
+}
+
 }  // namespace
 
 void bind_batch_norm(py::module_& m) {
   using namespace py::literals;
   m.def("batch_norm_train", &batch_norm_train, "x"_a, "weight"_a, "bias"_a, "running_mean"_a, "running_var"_a,
-        "momentum"_a, "eps"_a, "residual"_a, "activation"_a);
+        "momentum"_a, "eps"_a, "residual"_a, "activation"_a, "moments"_a);
+  m.def("batch_norm_moments", &batch_norm_moments, "x"_a);
   m.def("batch_norm_eval", &batch_norm_eval, "x"_a, "running_mean"_a, "running_var"_a, "weight"_a, "bias"_a, "eps"_a,
         "residual"_a, "activation"_a);
   m.def("batch_norm_backward", &batch_norm_backward, "dy"_a, "x"_a, "weight"_a, "mean"_a, "rstd"_a, "bias"_a,
         "residual"_a, "activation"_a, "training"_a, "needs"_a);
+  m.def("batch_norm_backward_sums", &batch_norm_backward_sums, "dy"_a, "x"_a, "weight"_a, "mean"_a, "rstd"_a, "bias"_a,
+        "residual"_a, "activation"_a);
+  m.def("batch_norm_backward_input", &batch_norm_backward_input, "dy"_a, "x"_a, "weight"_a, "mean"_a, "rstd"_a, "sum"_a,
+        "products"_a, "count"_a, "bias"_a, "activation"_a);
 }
 
 }  // namespace fastconv::bindings

@@ -65,7 +65,7 @@ void merge(int64_t count, int64_t added, int64_t begin, int64_t end, const T* ot
   }
 }
 
-template <class T> void statistics(const BatchNormProblem& a, const T* x, T* mean, T* rstd, T* unbiased_variance) {
+template <class T> void moments(const BatchNormProblem& a, const T* x, double* mean, double* squares) {
   const int64_t rows = a.rows(), channels = a.channels();
   const int64_t chunks = chunk_count(rows, channels);
   const auto& kernel = kernels().batch_norm.of<T>();
@@ -84,20 +84,25 @@ template <class T> void statistics(const BatchNormProblem& a, const T* x, T* mea
     });
   });
   parallel_ranges(channels, 512, [&](int64_t begin, int64_t end) {
-    double *total_mean = partial, *total_squares = partial + channels;
+    std::copy(partial + begin, partial + end, mean + begin);
+    std::copy(partial + channels + begin, partial + channels + end, squares + begin);
     int64_t count = split(rows, chunks, 0).end;
     for (int64_t i = 1; i < chunks; ++i) {
       const Range range = split(rows, chunks, i);
       const double* other = partial + 2 * i * channels;
-      merge(count, range.end - range.begin, begin, end, other, other + channels, total_mean, total_squares);
+      merge(count, range.end - range.begin, begin, end, other, other + channels, mean, squares);
       count = range.end;
     }
-    for (int64_t c = begin; c < end; ++c) {
-      mean[c] = static_cast<T>(total_mean[c]);
-      rstd[c] = static_cast<T>(1 / std::sqrt(total_squares[c] / std::max<double>(rows, 1) + a.eps));
-      unbiased_variance[c] = static_cast<T>(total_squares[c] / std::max<double>(rows - 1, 1));
-    }
   });
+}
+
+template <class T>
+void statistics(const BatchNormProblem& a, const Moments& of, T* mean, T* rstd, T* unbiased_variance) {
+  for (int64_t c = 0; c < a.channels(); ++c) {
+    mean[c] = static_cast<T>(of.mean[c]);
+    rstd[c] = static_cast<T>(1 / std::sqrt(of.squares[c] / std::max<double>(of.count, 1) + a.eps));
+    unbiased_variance[c] = static_cast<T>(of.squares[c] / std::max<double>(of.count - 1, 1));
+  }
 }
 
 // scale = rstd weight, and a bias that is never null.
@@ -167,6 +172,26 @@ void gradient_sums(const BatchNormProblem& a, const BatchNormArguments& args, co
   add_chunks(sums.as<double>(), chunks, 2 * channels, 2 * channels, totals);
 }
 
+// dx = rstd weight (dz - mean of dz - (x - mean) rstd^2 mean of dz (x - mean)), the means over `count` values.
+template <class T>
+void backward_input(const BatchNormProblem& a, const BatchNormArguments& args, const Affine<T>& affine, const T* dy,
+                    const double* sum, const double* products, int64_t count, T* dx) {
+  const int64_t channels = a.channels();
+  const auto kernel = kernels().batch_norm.of<T>().backward_input[clamp_of(args.activation)];
+  const Buffer vectors(2 * channels * sizeof(T));
+  T *mean_dz = vectors.as<T>(), *slope = mean_dz + channels;
+  const auto* rstd = static_cast<const T*>(args.rstd);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double r = rstd[c], values = static_cast<double>(std::max<int64_t>(count, 1));
+    mean_dz[c] = static_cast<T>(sum[c] / values);
+    slope[c] = static_cast<T>(products[c] * r * r / values);
+  }
+  parallel_rows(a.rows(), channels, [&](int64_t row, int64_t rows) {
+    const int64_t at = row * channels;
+    kernel(rows_at<T>(a, args, affine, row, rows), dy + at, mean_dz, slope, dx + at);
+  });
+}
+
 template <class T>
 void backward_fused(const BatchNormProblem& a, BatchNormArguments args, const T* dy, bool training,
                     const BatchNormGradients& out) {
@@ -177,8 +202,8 @@ void backward_fused(const BatchNormProblem& a, BatchNormArguments args, const T*
   const bool sums = (training && dx) || out.dweight || out.dbias;
   if (!sums && !dx && !dresidual) return;
 
-  Buffer vectors(2 * channels * (sizeof(double) + sizeof(T)));
-  double* totals = vectors.as<double>();
+  const Buffer vectors(2 * channels * sizeof(double));
+  auto* totals = vectors.as<double>();
   if (sums || !dx) {
     gradient_sums<T>(a, args, affine, dy, dresidual, totals);
     const auto* rstd = static_cast<const T*>(args.rstd);
@@ -203,18 +228,7 @@ void backward_fused(const BatchNormProblem& a, BatchNormArguments args, const T*
     });
     return;
   }
-  T *mean_dz = reinterpret_cast<T*>(totals + 2 * channels), *slope = mean_dz + channels;
-  const auto* rstd = static_cast<const T*>(args.rstd);
-  for (int64_t c = 0; c < channels; ++c) {
-    const double r = rstd[c], count = static_cast<double>(std::max<int64_t>(rows, 1));
-    mean_dz[c] = static_cast<T>(totals[c] / count);
-    slope[c] = static_cast<T>(totals[channels + c] * r * r / count);
-  }
-  parallel_rows(rows, channels, [&](int64_t row, int64_t count) {
-    const int64_t at = row * channels;
-    kernel.backward_input[clamp_of(args.activation)](rows_at<T>(a, args, affine, row, count), dy + at, mean_dz, slope,
-                                                     dx + at);
-  });
+  backward_input<T>(a, args, affine, dy, totals, totals + channels, rows, dx);
 }
 
 // Another activation: z again, then its gradient as the dy of a plain normalisation.
@@ -233,11 +247,18 @@ void backward_composed(const BatchNormProblem& a, BatchNormArguments args, const
 
 }  // namespace
 
-void batch_norm_statistics(const BatchNormProblem& a, const void* x, void* mean, void* rstd, void* unbiased_variance) {
+void batch_norm_moments(const BatchNormProblem& a, const void* x, double* mean, double* squares) {
   dispatch_float(a.dtype, [&](auto t) {
     using T = decltype(t);
-    statistics<T>(a, static_cast<const T*>(x), static_cast<T*>(mean), static_cast<T*>(rstd),
-                  static_cast<T*>(unbiased_variance));
+    moments<T>(a, static_cast<const T*>(x), mean, squares);
+  });
+}
+
+void batch_norm_statistics(const BatchNormProblem& a, const Moments& of, void* mean, void* rstd,
+                           void* unbiased_variance) {
+  dispatch_float(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    statistics<T>(a, of, static_cast<T*>(mean), static_cast<T*>(rstd), static_cast<T*>(unbiased_variance));
   });
 }
 
@@ -262,6 +283,23 @@ void batch_norm_forward(const BatchNormProblem& a, const BatchNormArguments& arg
   dispatch_float(a.dtype, [&](auto t) {
     using T = decltype(t);
     forward<T>(a, args, static_cast<T*>(y));
+  });
+}
+
+void batch_norm_backward_sums(const BatchNormProblem& a, const BatchNormArguments& args, const void* dy, void* dz,
+                              double* totals) {
+  dispatch_float(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    gradient_sums<T>(a, args, Affine<T>(a, args), static_cast<const T*>(dy), static_cast<T*>(dz), totals);
+  });
+}
+
+void batch_norm_backward_input(const BatchNormProblem& a, const BatchNormArguments& args, const void* dy,
+                               const double* sum, const double* products, int64_t count, void* dx) {
+  dispatch_float(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    backward_input<T>(a, args, Affine<T>(a, args), static_cast<const T*>(dy), sum, products, count,
+                      static_cast<T*>(dx));
   });
 }
 

@@ -6,8 +6,17 @@
 
 namespace fastconv::cpu {
 
-// mean and rstd = 1 / sqrt(variance + eps) of the batch, and the variance with divisor rows - 1 (0 for an empty batch).
-void batch_norm_statistics(const BatchNormProblem&, const void* x, void* mean, void* rstd, void* unbiased_variance);
+// Of a set of `count` values a channel: the mean, and the sum of squared distances from it, [channels] each.
+struct Moments {
+  int64_t count;
+  const double* mean;
+  const double* squares;
+};
+
+// mean and squares of x, each [channels].
+void batch_norm_moments(const BatchNormProblem&, const void* x, double* mean, double* squares);
+// mean, rstd = 1 / sqrt(variance + eps), and the variance with divisor count - 1 (0 for an empty batch).
+void batch_norm_statistics(const BatchNormProblem&, const Moments&, void* mean, void* rstd, void* unbiased_variance);
 // running = (1 - momentum) running + momentum batch
 void update_running(DType, int64_t channels, const void* batch, double momentum, void* running);
 // rstd = 1 / sqrt(variance + eps)
@@ -33,7 +42,17 @@ struct BatchNormGradients {
   void* dresidual = nullptr;
 };
 
-// training: mean and rstd depend on x (Ioffe and Szegedy, arXiv 1502.03167, section 3); otherwise they are constants.
+// The two halves of the backward pass in training, for a batch that is spread over several processes: the sums of one
+// part, then its dx from the sums over all parts, which have `count` values a channel together.
+// dz is the gradient in front of the activation, which is none, ReLU or ReLU6; it is stored unless null.
+// totals: the sum of dz of each channel, then the sum of the products dz (x - mean).
+void batch_norm_backward_sums(const BatchNormProblem&, const BatchNormArguments&, const void* dy, void* dz,
+                              double* totals);
+void batch_norm_backward_input(const BatchNormProblem&, const BatchNormArguments&, const void* dy, const double* sum,
+                               const double* products, int64_t count, void* dx);
+
+// The whole backward pass. training: mean and rstd depend on x (Ioffe and Szegedy, arXiv 1502.03167, section 3);
+// otherwise they are constants.
 void batch_norm_backward(const BatchNormProblem&, const BatchNormArguments&, const void* dy, bool training,
                          const BatchNormGradients&);
 

@@ -139,7 +139,9 @@ def batch_norm_train(
     eps: float,
     residual: np.ndarray | None,
     activation: str,
+    moments: tuple[int, np.ndarray, np.ndarray] | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+def batch_norm_moments(x: np.ndarray) -> np.ndarray: ...
 def batch_norm_eval(
     x: np.ndarray,
     running_mean: np.ndarray,
@@ -162,6 +164,28 @@ def batch_norm_backward(
     training: bool,
     needs: list[bool],
 ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None, np.ndarray | None]: ...
+def batch_norm_backward_sums(
+    dy: np.ndarray,
+    x: np.ndarray,
+    weight: np.ndarray | None,
+    mean: np.ndarray,
+    rstd: np.ndarray,
+    bias: np.ndarray | None,
+    residual: np.ndarray | None,
+    activation: str,
+) -> tuple[np.ndarray, np.ndarray | None]: ...
+def batch_norm_backward_input(
+    dy: np.ndarray,
+    x: np.ndarray,
+    weight: np.ndarray | None,
+    mean: np.ndarray,
+    rstd: np.ndarray,
+    sum: np.ndarray,
+    products: np.ndarray,
+    count: int,
+    bias: np.ndarray | None,
+    activation: str,
+) -> np.ndarray: ...
 
 # Local response normalisation
 def local_response_norm(

@@ -41,7 +41,14 @@ from .loss import (
     softmax,
     softmax_backward,
 )
-from .norm import batch_norm, batch_norm_backward, batch_norm_train
+from .norm import (
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_backward_input,
+    batch_norm_backward_sums,
+    batch_norm_moments,
+    batch_norm_train,
+)
 from .optimizer import adamw_step, gradient_norm, move_towards, sgd_step
 from .pool import (
     adaptive_avg_pool2d,
@@ -64,6 +71,9 @@ __all__ = [
     "avg_pool2d_backward",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_backward_input",
+    "batch_norm_backward_sums",
+    "batch_norm_moments",
     "batch_norm_train",
     "conv2d",
     "conv2d_backward",

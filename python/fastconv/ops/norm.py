@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .. import _C
-from ._arrays import Array, like, to_numpy
+from ._arrays import Array, integer, like, to_numpy
 from ._inplace import writable
 
 
@@ -105,10 +105,14 @@ def batch_norm_train(
     *,
     residual: Array | None = None,
     activation: str | None = None,
+    moments: tuple[int, Array, Array] | None = None,
 ) -> tuple[Array, Array, Array]:
     """:func:`batch_norm` in training, and what its backward needs: (y, mean, rstd).
 
     mean and rstd = 1 / sqrt(var + eps) are those of the batch, (C,).
+
+    moments: (M, mean, squares) of the whole batch where x is a part of it: its values per channel,
+        and what :func:`batch_norm_moments` gives for it. ValueError when M is 1 or below that of x.
     """
     array = to_numpy(x, "input")
     y, mean, rstd = _C.batch_norm_train(
@@ -121,8 +125,20 @@ def batch_norm_train(
         float(eps),
         _optional_image(residual, "residual"),
         activation or "",
+        None
+        if moments is None
+        else (
+            integer(moments[0], "count"),
+            to_numpy(moments[1], "mean"),
+            to_numpy(moments[2], "squares"),
+        ),
     )
     return like(_with_rank(y, array.ndim), x), like(mean, x), like(rstd, x)
+
+
+def batch_norm_moments(x: Array) -> Array:
+    """(2, C) float64: the mean of each channel, and its sum of squared distances from the mean."""
+    return like(_C.batch_norm_moments(_image(to_numpy(x, "input"), "input")), x)
 
 
 def batch_norm_backward(
@@ -167,3 +183,76 @@ def batch_norm_backward(
         None if dbias is None else like(dbias, dy),
         None if dresidual is None else like(_with_rank(dresidual, array.ndim), dy),
     )
+
+
+def batch_norm_backward_sums(
+    dy: Array,
+    x: Array,
+    weight: Array | None,
+    mean: Array,
+    rstd: Array,
+    *,
+    bias: Array | None = None,
+    residual: Array | None = None,
+    activation: str | None = None,
+) -> tuple[Array, Array | None]:
+    """(sums, dresidual): the first half of :func:`batch_norm_backward` for a part of a batch.
+
+    sums, (2, C) float64: with dz the gradient in front of the activation, the sum of dz and that of
+    dz (x - mean). So dbias of this part is sums[0], and dweight is sums[1] * rstd. dresidual is dz;
+    None without a residual.
+
+    Raises ValueError also for an activation other than None, "relu" and "relu6".
+    """
+    array = to_numpy(x, "input")
+    sums, dresidual = _C.batch_norm_backward_sums(
+        _image(to_numpy(dy, "dy"), "dy"),
+        _image(array, "input"),
+        _optional(weight, "weight"),
+        to_numpy(mean, "mean"),
+        to_numpy(rstd, "rstd"),
+        _optional(bias, "bias"),
+        _optional_image(residual, "residual"),
+        activation or "",
+    )
+    dz = None if dresidual is None else like(_with_rank(dresidual, array.ndim), dy)
+    return like(sums, dy), dz
+
+
+def batch_norm_backward_input(
+    dy: Array,
+    x: Array,
+    weight: Array | None,
+    mean: Array,
+    rstd: Array,
+    sums: Array,
+    count: int,
+    *,
+    bias: Array | None = None,
+    activation: str | None = None,
+) -> Array:
+    """dx: the second half of :func:`batch_norm_backward` for a part of a batch.
+
+    sums: those of :func:`batch_norm_backward_sums`, added up over all parts, which have `count`
+        values per channel together.
+
+    Where the forward had a residual, give dresidual of the first half as dy, and no activation.
+    Raises ValueError also for an activation other than None, "relu" and "relu6".
+    """
+    array = to_numpy(x, "input")
+    both = to_numpy(sums, "sums")
+    if both.ndim != 2 or len(both) != 2:
+        raise ValueError(f"sums must have shape (2, C), got {both.shape}")
+    dx = _C.batch_norm_backward_input(
+        _image(to_numpy(dy, "dy"), "dy"),
+        _image(array, "input"),
+        _optional(weight, "weight"),
+        to_numpy(mean, "mean"),
+        to_numpy(rstd, "rstd"),
+        both[0],
+        both[1],
+        integer(count, "count"),
+        _optional(bias, "bias"),
+        activation or "",
+    )
+    return like(_with_rank(dx, array.ndim), dy)
