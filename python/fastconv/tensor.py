@@ -36,6 +36,7 @@ from fastconv import ops
 Array: TypeAlias = npt.NDArray[Any]
 Needs: TypeAlias = tuple[bool, ...]
 Backward: TypeAlias = Callable[[Array, Needs], Sequence["Array | None"]]
+LeafHook: TypeAlias = "Callable[[Tensor], object]"
 
 _node_numbers = itertools.count()
 
@@ -123,7 +124,7 @@ class Tensor:
     leaves), and to no other.
     """
 
-    __slots__ = ("__weakref__", "_node", "data", "grad", "requires_grad")
+    __slots__ = ("__weakref__", "_hooks", "_node", "data", "grad", "requires_grad")
     __array_ufunc__ = None  # ndarray + Tensor asks Tensor; a ufunc is an error, no lost gradient
 
     def __init__(self, data: Any, requires_grad: bool = False) -> None:
@@ -135,6 +136,7 @@ class Tensor:
         self.grad: Array | None = None
         self.requires_grad = requires_grad
         self._node: _Node | None = None
+        self._hooks: tuple[LeafHook, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -200,6 +202,7 @@ class Tensor:
         seed = self._first_gradient(grad)
         if self._node is None:
             self._accumulate(seed.copy(order="K"))
+            self._run_hooks()
         else:
             _run_tape(self._node, seed)
 
@@ -220,6 +223,26 @@ class Tensor:
             self.grad = grad
         else:
             self.grad += grad
+
+    def register_post_accumulate_grad_hook(self, hook: LeafHook) -> Callable[[], None]:
+        """Calls hook(self) in each backward as soon as it will not change `grad` any more.
+
+        That is while the backward pass of what was computed before the first use of this tensor is
+        still to come. Returns a function that removes the hook. RuntimeError for a tensor that an
+        operation computed.
+        """
+        if self._node is not None:
+            raise RuntimeError("a post-accumulate hook on a tensor that is no leaf")
+        self._hooks = (*self._hooks, hook)
+
+        def remove() -> None:
+            self._hooks = tuple(other for other in self._hooks if other is not hook)
+
+        return remove
+
+    def _run_hooks(self) -> None:
+        for hook in self._hooks:
+            hook(self)
 
     def __repr__(self) -> str:
         note = ", requires_grad=True" if self.requires_grad else ""
@@ -350,6 +373,7 @@ def apply(output: Any, inputs: Sequence[Tensor | None], backward: Backward) -> T
 
 def _run_tape(root: _Node, seed: Array) -> None:
     """Visits the history of `root`, each operation once and after all that used its output."""
+    hooked = _hooked_leaves(root)
     pending: dict[_Node, Array] = {root: seed}
     queue = [(-root.number, root)]
     while queue:
@@ -366,6 +390,27 @@ def _run_tape(root: _Node, seed: Array) -> None:
             else:
                 pending[source] = dx
                 heapq.heappush(queue, (-source.number, source))
+        while hooked and (not queue or hooked[-1][0] > -queue[0][0]):
+            hooked.pop()[1]._run_hooks()
+
+
+def _hooked_leaves(root: _Node) -> list[tuple[int, Tensor]]:
+    """The leaves with hooks in the history of `root`, each with the number of its first use.
+
+    Ascending: `_run_tape` visits numbers from the highest down, so the last ones are final first.
+    """
+    first_use: dict[Tensor, int] = {}
+    seen, stack = {root}, [root]
+    while stack:
+        node = stack.pop()
+        for source in node.sources:
+            if isinstance(source, _Node):
+                if source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+            elif source is not None and source._hooks:
+                first_use[source] = min(node.number, first_use.get(source, node.number))
+    return sorted(((number, leaf) for leaf, number in first_use.items()), key=lambda use: use[0])
 
 
 def in_form(grad: Array, like: Array | _Node) -> Array:
