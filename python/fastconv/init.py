@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,11 +21,20 @@ from fastconv.tensor import Array
 RngState = tuple[int, int]
 
 
+class Share(NamedTuple):
+    """The rows start to stop of a batch that has `total` rows, all processes together."""
+
+    start: int
+    stop: int
+    total: int
+
+
 class Generator:
     """A seed and an offset; safe to use from several threads."""
 
     def __init__(self, seed: int = 0) -> None:
         self._lock = threading.Lock()
+        self._share: Share | None = None
         self.set_state((seed, 0))
 
     def state(self) -> RngState:
@@ -44,6 +56,30 @@ class Generator:
             start = self._offset
             self._offset = (start + count) % 2**64
             return self._seed, start
+
+    def reserve_rows(self, shape: tuple[int, ...]) -> RngState:
+        """(seed, offset) of a number for each element of an array whose first dimension is the
+        batch.
+
+        Inside `batch_share` the positions are those that these rows have in the whole batch. An
+        array whose first dimension is not the share's gets the same numbers in every process.
+        """
+        count = math.prod(shape)
+        share = self._share
+        if share is None or not shape or shape[0] != share.stop - share.start:
+            return self.reserve(count)
+        of_row = math.prod(shape[1:])
+        seed, offset = self.reserve(share.total * of_row)
+        return seed, (offset + share.start * of_row) % 2**64
+
+    @contextmanager
+    def batch_share(self, share: Share) -> Iterator[None]:
+        """Inside it `reserve_rows` knows that this process has only these rows of the batch."""
+        outer, self._share = self._share, share
+        try:
+            yield
+        finally:
+            self._share = outer
 
 
 default_generator = Generator()
