@@ -33,6 +33,7 @@ _MODULES = (
     "checkpoint",
     "cli",
     "data",
+    "distributed",
     "ema",
     "functional",
     "info",

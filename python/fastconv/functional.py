@@ -8,12 +8,15 @@ of the same name in `fastconv.ops`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 
 from fastconv import init, ops
 from fastconv.tensor import Array, Needs, Tensor, apply, as_tensor, records, to_numpy
+
+if TYPE_CHECKING:
+    from fastconv.distributed import Communicator
 
 Input: TypeAlias = Any  # a Tensor, or anything `Tensor` accepts
 Pair: TypeAlias = "int | tuple[int, int]"
@@ -108,24 +111,30 @@ def batch_norm(
     *,
     residual: Input | None = None,
     activation: str | None = None,
+    communicator: Communicator | None = None,
 ) -> Tensor:
     """activation(normalised x * weight + bias + residual), x[N,C] or x[N,C,H,W].
 
     In training the statistics are the batch's, and the running ones are updated in place.
+    communicator: the batch is that of all its processes together; one of them may have N = 0.
     """
     check_activation(activation)
     inputs = (as_tensor(x), _optional(weight), _optional(bias), _optional(residual))
     if activation is not None and activation not in _FROM_OUTPUT and records(inputs):
         x, weight, bias, residual = inputs
+        options: dict[str, Any] = {"residual": residual, "communicator": communicator}
         y = batch_norm(
-            x, running_mean, running_var, weight, bias, training, momentum, eps, residual=residual
+            x, running_mean, running_var, weight, bias, training, momentum, eps, **options
         )
         return activate(y, activation)
     xd, wd, bd, rd = (_data(t) for t in inputs)
     fused: dict[str, Any] = {"residual": rd, "activation": activation}
+    moments = None
     if training:
+        if communicator is not None:
+            moments = _moments_of_all(inputs[0].data, communicator)
         y, mean, rstd = ops.batch_norm_train(
-            xd, wd, bd, running_mean, running_var, momentum, eps, **fused
+            xd, wd, bd, running_mean, running_var, momentum, eps, moments=moments, **fused
         )
     else:
         y = ops.batch_norm(xd, running_mean, running_var, wd, bd, False, momentum, eps, **fused)
@@ -139,7 +148,43 @@ def batch_norm(
             dy, xd, wd, mean, rstd, bias=bd, training=training, needs=needs, **fused
         )
 
-    return apply(y, inputs, backward)
+    def synchronised_backward(dy: Array, _: Needs) -> Sequence[Array | None]:
+        assert communicator is not None and moments is not None
+        sums, dz = ops.batch_norm_backward_sums(dy, xd, wd, mean, rstd, bias=bd, **fused)
+        # The gradients of weight and bias are those of this process, as of any other layer.
+        dweight, dbias = (sums[1] * rstd).astype(rstd.dtype), sums[0].astype(rstd.dtype)
+        communicator.all_reduce(sums).wait()
+        undone = {"dy": dy, "activation": activation} if dz is None else {"dy": dz}
+        dx = ops.batch_norm_backward_input(
+            x=xd, weight=wd, mean=mean, rstd=rstd, sums=sums, count=moments[0], bias=bd, **undone
+        )
+        return dx, dweight, dbias, dz
+
+    return apply(y, inputs, backward if moments is None else synchronised_backward)
+
+
+def _moments_of_all(x: Array, communicator: Communicator) -> tuple[int, Array, Array]:
+    """(count, mean, sum of squared distances) of each channel of x over all processes.
+
+    Merged in the order of the processes: Chan, Golub and LeVeque, "Algorithms for computing the
+    sample variance", The American Statistician 37, 1983, formula 2.1.
+    """
+    channels = x.shape[1]
+    of_each = np.zeros((communicator.size, 1 + 2 * channels))
+    own = of_each[communicator.rank]
+    own[0] = x.size // channels if channels else 0
+    own[1:] = ops.batch_norm_moments(x).ravel()
+    communicator.all_reduce(of_each).wait()  # the others' rows are zeros here: a gathering
+    count, mean, squares = 0.0, np.zeros(channels), np.zeros(channels)
+    for row in of_each:
+        added, other_mean, other_squares = row[0], row[1 : 1 + channels], row[1 + channels :]
+        if added > 0:
+            delta = other_mean - mean
+            share = added / (count + added)
+            mean += delta * share
+            squares += other_squares + delta * delta * (share * count)
+            count += added
+    return int(count), mean, squares
 
 
 def local_response_norm(
@@ -324,7 +369,7 @@ def dropout(x: Input, p: float = 0.5, training: bool = True, inplace: bool = Fal
     tensor = as_tensor(x)
     if not training or p == 0.0:
         return tensor
-    seed, offset = init.default_generator.reserve(tensor.data.size)
+    seed, offset = init.default_generator.reserve_rows(tensor.shape)
 
     def backward(dy: Array, _: Needs) -> Sequence[Array | None]:
         return (ops.dropout_backward(dy, p, seed=seed, offset=offset),)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from fastconv.functional import Padding, Pair
 from fastconv.init import get_rng_state, manual_seed, set_rng_state
 from fastconv.module import Module, Parameter
 from fastconv.tensor import Array, Tensor, to_numpy
+
+if TYPE_CHECKING:
+    from fastconv.distributed import Communicator
 
 __all__ = [
     "ELU",
@@ -50,6 +53,7 @@ __all__ = [
     "SiLU",
     "Sigmoid",
     "Softmax",
+    "SyncBatchNorm",
     "Tanh",
     "get_rng_state",
     "manual_seed",
@@ -257,8 +261,9 @@ class Linear(Module):
 
 
 class _BatchNorm(Module):
-    _dimensions = 4
+    _dimensions: tuple[int, ...] = (4,)
     _optional_state = ("num_batches_tracked",)
+    _communicator: Communicator | None = None  # None: the statistics are those of this process
 
     def __init__(
         self,
@@ -289,9 +294,10 @@ class _BatchNorm(Module):
     def forward(self, x: Any, residual: Any = None, *, activation: str | None = None) -> Tensor:
         """activation(normalised x + residual); `activation` overrides the layer's own."""
         x = F.as_tensor(x)
-        if x.ndim != self._dimensions:
+        if x.ndim not in self._dimensions:
+            dimensions = " or ".join(str(d) for d in self._dimensions)
             raise ValueError(
-                f"{type(self).__name__} needs {self._dimensions} dimensions, got shape {x.shape}"
+                f"{type(self).__name__} needs {dimensions} dimensions, got shape {x.shape}"
             )
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.num_batches_tracked is not None:
@@ -309,6 +315,7 @@ class _BatchNorm(Module):
             self.eps,
             residual=residual,
             activation=activation or self.activation,
+            communicator=self._communicator,
         )
 
     def extra_repr(self) -> str:
@@ -331,7 +338,41 @@ class BatchNorm2d(_BatchNorm):
 class BatchNorm1d(_BatchNorm):
     """Batch normalisation over N of [N,C]; otherwise as BatchNorm2d."""
 
-    _dimensions = 2
+    _dimensions = (2,)
+
+
+class SyncBatchNorm(_BatchNorm):
+    """BatchNorm1d or BatchNorm2d, in training with the statistics over all processes.
+
+    communicator: the processes, which then all run the forward and the backward of this layer in
+        the same order; see `fastconv.distributed`. None: this process alone.
+    """
+
+    _dimensions = (2, 4)
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        communicator: Communicator | None = None,
+        *,
+        activation: str | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, activation=activation
+        )
+        self._communicator = communicator
+
+    @classmethod
+    def of(cls, layer: _BatchNorm, communicator: Communicator) -> SyncBatchNorm:
+        """`layer` made synchronised: it shares parameters, buffers and hooks with it."""
+        result = cls.__new__(cls)
+        vars(result).update(vars(layer))
+        result._communicator = communicator
+        return result
 
 
 class LocalResponseNorm(Module):
@@ -679,7 +720,7 @@ class Sequential(ModuleList):
 def _fusable(layer: Module, following: Module) -> str | None:
     """The name of the activation `following` if `layer` can apply it in its own pass."""
     # Exact types: a subclass may have a forward of its own.
-    if type(layer) not in (Conv2d, BatchNorm2d, BatchNorm1d) or layer._forward_hooks:
+    if type(layer) not in (Conv2d, BatchNorm2d, BatchNorm1d, SyncBatchNorm) or layer._forward_hooks:
         return None
     assert isinstance(layer, (Conv2d, _BatchNorm))
     if not isinstance(following, _NamedActivation) or following._forward_hooks:
