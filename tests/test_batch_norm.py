@@ -143,6 +143,100 @@ def test_training(shape, activation, residual, isa):
         check_backward(case, gradients)
 
 
+def merged(parts):
+    """(count, mean, squares) over parts [(count, moments)], by the definition."""
+    count = sum(n for n, _ in parts)
+    mean = sum(n * moments[0] for n, moments in parts) / count
+    return count, mean, sum(m[1] + n * (m[0] - mean) ** 2 for n, m in parts)
+
+
+def run_parts(case: Case, ends, order):
+    """As run_train, of a batch in parts that end at these samples, each with sums of its own."""
+    x, dy = np.split(case.x, ends), np.split(case.dy, ends)
+    residual = [None] * len(x) if case.residual is None else np.split(case.residual, ends)
+    ready = [order(a) if a is not None else None for a in (*x, *dy, *residual)]
+    x, dy, residual = ready[: len(x)], ready[len(x) : 2 * len(x)], ready[2 * len(x) :]
+    moments = merged([(a.size // a.shape[1], fc.batch_norm_moments(a)) for a in x])
+    y, gradients, sums = [], [], []
+    for a, da, r in zip(x, dy, residual, strict=True):
+        y_part, mean, rstd = fc.batch_norm_train(
+            a, case.weight, case.bias, None, None, 0.1, EPS,
+            residual=r, activation=case.activation, moments=moments,
+        )  # fmt: skip
+        y.append(y_part)
+        fixed = (case.weight, mean, rstd)
+        both = fc.batch_norm_backward_sums(
+            da, a, *fixed, bias=case.bias, residual=r, activation=case.activation
+        )
+        sums.append(both[0])
+        gradients.append((da, a, fixed, both[1]))
+    total = sum(sums)
+    dx = []
+    for da, a, fixed, dz in gradients:
+        undone = (da, case.activation) if dz is None else (dz, None)
+        dx.append(
+            fc.batch_norm_backward_input(
+                undone[0], a, *fixed, total, moments[0], bias=case.bias, activation=undone[1]
+            )
+        )
+    dz = None if case.residual is None else np.concatenate([g[3] for g in gradients])
+    both = (total[1] * rstd).astype(rstd.dtype), total[0].astype(rstd.dtype)
+    return np.concatenate(y), (np.concatenate(dx), *both, dz)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_in_parts(shape, activation, residual, isa):
+    """A batch in an empty part, one of a single sample, and the rest has the whole's statistics."""
+    case = Case(shape, residual=residual, activation=activation)
+    for order in orders(shape):
+        y, gradients = run_parts(case, [0, 1], order)
+        check_forward(case, y)
+        check_backward(case, gradients)
+
+
+def test_one_part_has_the_bits_of_the_whole(isa):
+    case = Case((5, 19, 4, 6), residual=True, activation="relu", offset=3.0)
+    for got, right in zip(run_parts(case, [], channels_last), run_train(case), strict=True):
+        for a, b in zip(got, right, strict=True):
+            assert_same_bits(a, b)
+
+
+def test_parts_update_the_running_statistics_of_the_whole():
+    case = Case((6, 7, 3, 5))
+    parts = np.split(case.x, [2])
+    moments = merged([(a.size // 7, fc.batch_norm_moments(a)) for a in parts])
+    expected_mean, expected_var = (torch.tensor(v) for v in (case.running_mean, case.running_var))
+    F.batch_norm(torch.tensor(case.x), expected_mean, expected_var, training=True, momentum=0.3)
+    for part in parts:
+        mean, var = case.running_mean.copy(), case.running_var.copy()
+        fc.batch_norm_train(part, None, None, mean, var, 0.3, EPS, moments=moments)
+        np.testing.assert_allclose(mean, expected_mean.numpy(), rtol=0, atol=4 * reference.U)
+        np.testing.assert_allclose(var, expected_var.numpy(), rtol=8 * reference.U)
+
+
+def test_parts_refuse():
+    x, c = normal("x", shape=(2, 3, 4, 4)), np.ones(3, np.float32)
+    mean, squares = fc.batch_norm_moments(x)
+    train = (x, None, None, None, None, 0.1, EPS)
+    one_value = (x[:1, :, :1, :1], *train[1:])
+    for arguments, moments in ((train, (31, mean, squares)), (one_value, (1, mean, squares))):
+        with pytest.raises(ValueError, match=f"got {moments[0]} and"):
+            fc.batch_norm_train(*arguments, moments=moments)
+    with pytest.raises(TypeError, match="mean must be float64, got float32"):
+        fc.batch_norm_train(*train, moments=(32, c, squares))
+    with pytest.raises(ValueError, match=r"squares must have shape \(3,\), got \(2,\)"):
+        fc.batch_norm_train(*train, moments=(32, mean, squares[:2]))
+    with pytest.raises(ValueError, match="activation must be None, 'relu' or 'relu6', got 'silu'"):
+        fc.batch_norm_backward_sums(x, x, None, c, c, activation="silu")
+    sums = np.zeros((2, 3))
+    with pytest.raises(ValueError, match=r"count must be at least .* got 31 and 32"):
+        fc.batch_norm_backward_input(x, x, None, c, c, sums, 31)
+    with pytest.raises(ValueError, match=r"sums must have shape \(2, C\), got \(3,\)"):
+        fc.batch_norm_backward_input(x, x, None, c, c, sums[0], 32)
+
+
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("activation", [None, "relu", "hardswish"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -83,6 +83,16 @@ def other_operations() -> Operations:
     )
     yield "local_response_norm", lambda: fc.local_response_norm(x, 5, beta=0.6)
     yield "local_response_norm_backward", lambda: fc.local_response_norm_backward(dy, x, 5)
+    yield "batch_norm_moments", lambda: fc.batch_norm_moments(x)
+    yield (
+        "batch_norm_backward_sums",
+        lambda: fc.batch_norm_backward_sums(dy, x, weight, bias, weight, bias=bias, **fused),
+    )
+    sums = np.ones((2, 35))
+    yield (
+        "batch_norm_backward_input",
+        lambda: fc.batch_norm_backward_input(dy, x, weight, bias, weight, sums, 1 << 20),
+    )
     yield "gelu", lambda: fc.gelu(x)
     yield "silu_backward", lambda: fc.silu_backward(dy, x)
     yield "add", lambda: fc.add(x, dy)
