@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import signal
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import numpy as np
 import pytest
 import torch
 
 import fastconv
+from fastconv import data
 
 Result = TypeVar("Result")
 
@@ -49,6 +52,22 @@ def settings() -> Iterator[None]:
 def strict() -> None:
     """Plain sums only, for tests of exact results."""
     fastconv.set_precision("strict")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with 600 and 200 real digits in MNIST's own files."""
+    folder = tmp_path_factory.mktemp("digits")
+    for split, prefix, step in (("train", "train", 7), ("test", "t10k", 5)):
+        chosen = data.mnist5k(split)[::step][:600]
+        images, labels = chosen.images[..., 0], chosen.labels.astype(np.uint8)
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4I", 0x803, *images.shape) + images.tobytes()
+        )
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">2I", 0x801, len(labels)) + labels.tobytes()
+        )
+    return str(folder)
 
 
 @contextmanager

@@ -4,6 +4,10 @@ shares of a batch, and whole runs under torchrun."""
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +15,18 @@ import pytest
 import torch
 
 import fastconv as fc
-from fastconv import data, distributed, init, models, nn
+from fastconv import checkpoint, cli, data, distributed, init, models, nn
 from fastconv import functional as F
+from fastconv.augment import Augmentation
 from fastconv.distributed import Environment, GradientReducer, SingleProcess
 from fastconv.init import Share
 from fastconv.tensor import Tensor
-from tests.processes import Threads, in_threads
+from tests import distributed_worker
+from tests.processes import TIME_LIMIT, Threads, in_threads, start_ranks, torchrun
 from tests.reference import assert_same_bits, normal
+from tests.test_train import assert_same_run, metrics_of
+
+WORKER = Path(distributed_worker.__file__)
 
 # Environment and the process that is alone
 
@@ -381,10 +390,11 @@ def test_convert_sync_batchnorm() -> None:
 
 def test_loaders_of_all_processes_make_the_batches_of_one() -> None:
     """Also where the last batch has fewer images than there are processes."""
-    digits = data.mnist5k("train")[:26]
-    options: dict[str, Any] = {"shuffle": True, "seed": 4, "crop_padding": 2, "flip": True}
-    whole = list(data.DataLoader(digits, 12, **options).batches(3, start=1))
-    loaders = [data.DataLoader(digits, 12, rank=r, processes=3, **options) for r in range(3)]
+    dataset = data.mnist5k("train")[:26]
+    options: dict[str, Any] = {"shuffle": True, "seed": 4}
+    options["augmentation"] = Augmentation(crop_padding=2, flip=True, rotation=9.0, cutout=5)
+    whole = list(data.DataLoader(dataset, 12, **options).batches(3, start=1))
+    loaders = [data.DataLoader(dataset, 12, rank=r, processes=3, **options) for r in range(3)]
     ranks = [list(loader.batches(3, start=1)) for loader in loaders]
     assert [len(y) for _, y in whole] == [12, 2]
     assert [[len(y) for _, y in batches] for batches in ranks] == [[4, 0], [4, 1], [4, 1]]
@@ -392,13 +402,13 @@ def test_loaders_of_all_processes_make_the_batches_of_one() -> None:
         assert_same_bits(np.concatenate([batches[k][0] for batches in ranks]), x)
         assert_same_bits(np.concatenate([batches[k][1] for batches in ranks]), y)
     with pytest.raises(ValueError, match="0 <= rank < processes, got 3 and 3"):
-        data.DataLoader(digits, rank=3, processes=3)
+        data.DataLoader(dataset, rank=3, processes=3)
 
 
 def test_micro_batches_of_all_processes_are_those_of_one() -> None:
-    digits = data.mnist5k("train")[:17]
-    whole = [y for _, y in data.DataLoader(digits, 12)]
-    loaders = [data.DataLoader(digits, 12, rank=r, processes=2, micro_batch=5) for r in range(2)]
+    dataset = data.mnist5k("train")[:17]
+    whole = [y for _, y in data.DataLoader(dataset, 12)]
+    loaders = [data.DataLoader(dataset, 12, rank=r, processes=2, micro_batch=5) for r in range(2)]
     assert loaders[1].shares(0) == [Share(2, 5, 5), Share(2, 5, 5), Share(1, 2, 2)]
     assert loaders[0].shares(1) == [Share(0, 2, 5)]
     first, second = ([y for _, y in loader] for loader in loaders)
@@ -424,3 +434,146 @@ def test_dropout_of_all_processes_is_that_of_one() -> None:
         assert_same_bits(np.concatenate([part[i] for part in parts]), expected[i])
     for part in parts:
         assert_same_bits(part[2], expected[2])
+
+
+# Real processes
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What distributed_worker.py found in each of two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    finish(start_ranks(WORKER, 2, "together", str(folder)))
+    return [dict(np.load(folder / f"{rank}.npz")) for rank in range(2)]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[str, str]]:
+    """(stdout, stderr) of processes that must all succeed."""
+    outputs = [process.communicate(timeout=TIME_LIMIT) for process in processes]
+    for process, (_, stderr) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, stderr
+    return outputs
+
+
+def test_operations(two_processes: list[dict[str, Any]]) -> None:
+    steps = np.arange(1000, dtype=np.float32)
+    expected = {
+        "sum32": steps * np.float32(0.1) + steps * np.float32(1.1),
+        "mean64": (np.linspace(0, 1, 7) + np.linspace(0, 1, 7) ** 2) / 2,
+        "mean32": np.full((2, 3), 2.0, np.float32),
+        "int": np.array([1, 10]),
+        "empty": np.zeros((0, 4)),
+        "from1": np.full(3, 11.0),
+        "any": np.array([True, False]),
+    }
+    for found in two_processes:
+        for name, value in expected.items():
+            assert_same_bits(found[name], value, name)
+
+
+@pytest.mark.parametrize("kind", ["sync", "plain", "accumulated"])
+def test_two_processes_take_the_steps_of_one(
+    two_processes: list[dict[str, Any]], kind: str
+) -> None:
+    """In float64: synchronised batch norm, dropout, clipping, momentum, accumulation, a last batch
+    of one image. About 1e4 operations a number and 8 steps of 1.1e-16 each: 1e-11 is far from
+    rounding, and any mistake far above it."""
+    expected = distributed_worker.train_all(SingleProcess())
+    keys = [key for key in expected if key.startswith(kind)]
+    assert len(keys) > 4
+    first, second = two_processes
+    for key in keys:
+        np.testing.assert_allclose(first[key], expected[key], rtol=1e-11, atol=1e-13, err_msg=key)
+        assert_same_bits(first[key], second[key], key)
+    assert expected[f"{kind}.steps"][:, 2].max() > 0.5, "nothing was clipped"
+
+
+def test_the_failure_of_one_process_ends_the_others() -> None:
+    (stdout, _), _ = finish(start_ranks(WORKER, 2, "fail"))
+    assert stdout.startswith("process 0 of 2 lost another one")
+    assert float(stdout.split()[-2]) < 15, "it waited for the end of the other process"
+
+
+# Whole runs
+
+
+RUN = ("train", "--model=lenet5", "--data=mnist", "--optimizer=sgd", "--lr=0.02", "--epochs=2",
+       "--warmup-steps=4", "--log-every=2", "--checkpoint-every=3")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_process_run(digits: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of torchrun, never stopped: 2 processes with batches of 30, the last ones of 15."""
+    out = tmp_path_factory.mktemp("runs") / "two"
+    command = torchrun("-m", "fastconv", *RUN, f"--data-dir={digits}", "--batch-size=30")
+    done = subprocess.run(
+        [*command, f"--out={out}", "--json"],
+        capture_output=True, text=True, timeout=TIME_LIMIT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)  # of one process
+    assert (figures["epochs"], figures["steps"]) == (2, 20)
+    assert done.stderr.count("epoch 2/2") == 1
+    return out
+
+
+def test_torchrun_trains_as_one_process_with_doubled_batches(
+    two_process_run: Path, digits: str, tmp_path: Path
+) -> None:
+    """In float32, by the change of the weights over 20 steps of SGD without batch norm.
+
+    The gradient of a weight is a sum of at most K = 60 * 28 * 28 products, with a relative error of
+    u sqrt(K) = 1.3e-5 in each of the two runs; the steps add up with their errors.
+    """
+    options = [*RUN, f"--data-dir={digits}", "--batch-size=60", f"--out={tmp_path}", "--threads=1"]
+    assert cli.main(options) == 0
+    fc.manual_seed(0)
+    start = models.create("lenet5", in_channels=1, image_size=28, num_classes=10).state_dict()
+    one, two = (
+        checkpoint.load_weights(folder / "last.safetensors")[0]
+        for folder in (tmp_path, two_process_run)
+    )
+    for name, weight in one.items():
+        change = np.linalg.norm(weight - start[name])
+        assert 0 < np.linalg.norm(two[name] - weight) <= 2.6e-5 * change, name
+    for a, b in zip(metrics_of(tmp_path), metrics_of(two_process_run), strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            if "loss" in key:
+                assert b[key] == pytest.approx(value, rel=1e-4)
+            elif "accuracy" in key:
+                assert b[key] == pytest.approx(value, abs=1.01 / 30)  # one image of the last batch
+            else:
+                assert b[key] == value
+
+
+def test_killed_and_interrupted_runs_end_with_the_same_bits(
+    two_process_run: Path, digits: str, tmp_path: Path
+) -> None:
+    """First one process is killed, then torchrun gets a Ctrl-C, then the run is resumed again."""
+    out = tmp_path / "run"
+    fresh = [*RUN, f"--data-dir={digits}", "--batch-size=30", f"--out={out}"]
+    for stop, arguments in (("kill:7", fresh), ("interrupt:6", ["train", f"--resume={out}"])):
+        stopped = subprocess.run(
+            torchrun(str(WORKER), "command", stop, *arguments),
+            capture_output=True, text=True, timeout=TIME_LIMIT, check=False,
+        )  # fmt: skip
+        assert stopped.returncode != 0
+        assert "test accuracy" not in stopped.stdout
+    assert f"interrupted; go on with: fastconv train --resume {out}" in stopped.stderr
+    position = checkpoint.load_state(out / "last.safetensors")[0]["position"]
+    assert position["step"] == 12, "6 from the checkpoint of the killed run, and 6"
+    one = subprocess.run(
+        [sys.executable, "-m", "fastconv", "train", f"--resume={out}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (one.returncode, "started with 2 processes, not with 1" in one.stderr) == (2, True)
+    finish(
+        [
+            subprocess.Popen(
+                torchrun("-m", "fastconv", "train", f"--resume={out}"),
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+        ]
+    )  # fmt: skip
+    assert_same_run(out, two_process_run)

@@ -33,22 +33,6 @@ safetensors = pytest.importorskip("safetensors.numpy")
 FILES = {"config.json", "metrics.jsonl", "last.safetensors", "best.safetensors"}
 
 
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with 600 and 200 real digits in MNIST's own files."""
-    folder = tmp_path_factory.mktemp("digits")
-    for split, prefix, step in (("train", "train", 7), ("test", "t10k", 5)):
-        chosen = data.mnist5k(split)[::step][:600]
-        images, labels = chosen.images[..., 0], chosen.labels.astype(np.uint8)
-        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(
-            struct.pack(">4I", 0x803, *images.shape) + images.tobytes()
-        )
-        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(
-            struct.pack(">2I", 0x801, len(labels)) + labels.tobytes()
-        )
-    return str(folder)
-
-
 def config_of(digits: str, **options: Any) -> TrainConfig:
     """A run of two epochs of 12 steps, with dropout, augmentation and batch norm in it."""
     settings: dict[str, Any] = {

@@ -128,8 +128,9 @@ _TRAIN_OPTIONS: dict[str, tuple[tuple[str, Any, str], ...]] = {
     ),
     "optimisation": (
         ("epochs", int, "times through the training images (12)"),
-        ("batch-size", int, "images a batch (64)"),
+        ("batch-size", int, "images a batch, in each process (64)"),
         ("accumulate", int, "batches whose gradients make one step (1)"),
+        ("sync-batch-norm", bool, "batch norm over all processes of torchrun (no)"),
         ("optimizer", str, "adamw or sgd (adamw)"),
         ("lr", float, "learning rate (0.002 for adamw, 0.05 for sgd)"),
         ("momentum", float, "of sgd (0.9)"),
@@ -188,26 +189,32 @@ def _add_train(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from fastconv import train
+    from fastconv import distributed, train
     from fastconv.progress import choose_progress
 
     names = {field.name for field in fields(train.TrainConfig)}
     given = {name: value for name, value in vars(options).items() if name in names}
-    progress = choose_progress()
+    communicator = distributed.init()
+    common: dict[str, Any] = {"progress": choose_progress(), "communicator": communicator}
     out = options.resume
     try:
         if options.resume is not None:
             config = train.load_config(options.resume)
-            result = train.resume(options.resume, progress=progress, **given)
+            result = train.resume(options.resume, **common, **given)
         else:
             config = train.TrainConfig(**given).resolved()
             if not options.no_save:
                 out = options.out or _new_folder(Path("runs"), f"{config.model}-{config.data}")
-            result = train.train(config, out, overwrite=options.overwrite, progress=progress)
+            result = train.train(config, out, overwrite=options.overwrite, **common)
     except KeyboardInterrupt:
-        saved = out is not None and (Path(out) / "last.safetensors").exists()
+        saved = (
+            communicator.rank == 0 and out is not None and (Path(out) / "last.safetensors").exists()
+        )
         how = f"; go on with: fastconv train --resume {out}" if saved else ""
         raise KeyboardInterrupt(f"interrupted{how}") from None
+    communicator.close()
+    if communicator.rank != 0:
+        return
     figures = {"model": config.model, "data": config.data, "seed": config.seed, **result.as_dict()}
     if options.json:
         print(json.dumps(figures))

@@ -39,8 +39,9 @@ class TrainConfig:
     freeze_backbone: bool = False  # train the head alone
     backbone_lr_scale: float = 1.0  # factor on the learning rate of everything but the head
     epochs: int = 12
-    batch_size: int = 64
+    batch_size: int = 64  # of each process
     accumulate: int = 1  # batches whose gradients make one step
+    sync_batch_norm: bool = False  # statistics over all processes instead of each one's
     optimizer: str = "adamw"
     lr: float | None = None
     momentum: float = 0.9  # of SGD

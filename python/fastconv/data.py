@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastconv.augment import ORDER, Augmentation, Draws
+from fastconv.init import Share
 
 __all__ = [
     "NAMES",
@@ -413,6 +414,9 @@ class DataLoader:
     prefetch      how many batches background threads prepare ahead; 0 prepares each when it is
                   asked for
     workers       the number of these threads
+    rank          the process that this is, of the `processes` that share each batch of batch_size
+                  images; it may get none of the last one
+    micro_batch   share this many images at a time; all of a batch when not given
 
     What is random about an image depends on (seed, epoch, its index in the data set) alone.
     """
@@ -430,7 +434,12 @@ class DataLoader:
         drop_last: bool = False,
         prefetch: int = 2,
         workers: int = 1,
+        rank: int = 0,
+        processes: int = 1,
+        micro_batch: int | None = None,
     ) -> None:
+        if not 0 <= rank < processes:
+            raise ValueError(f"expected 0 <= rank < processes, got {rank} and {processes}")
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("prefetch", prefetch, 0),
@@ -453,6 +462,9 @@ class DataLoader:
         self.drop_last = drop_last
         self.prefetch = prefetch
         self.workers = workers
+        self.rank = rank
+        self.processes = processes
+        self.micro_batch = micro_batch or batch_size
         # (x / 255 - mean) / std = x * scale + shift, for one image as it lies in memory.
         pixels = dataset.image_shape[0] * dataset.image_shape[1]
         self._scale = np.tile(np.array([1 / (255 * s) for s in std], np.float32), pixels)
@@ -464,6 +476,18 @@ class DataLoader:
         """Number of batches in an epoch."""
         full, rest = divmod(len(self.dataset), self.batch_size)
         return full + (rest > 0 and not self.drop_last)
+
+    def shares(self, number: int) -> list[Share]:
+        """Which rows of each micro-batch of batch `number` this process gets, one after another.
+
+        As many as the other processes get, or one more or less.
+        """
+        total = min(self.batch_size, len(self.dataset) - number * self.batch_size)
+        sizes = [
+            min(self.micro_batch, total - first) for first in range(0, total, self.micro_batch)
+        ]
+        ends = [[n * r // self.processes for r in (self.rank, self.rank + 1)] for n in sizes]
+        return [Share(start, stop, n) for (start, stop), n in zip(ends, sizes, strict=True)]
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches of epoch 0."""
@@ -500,10 +524,14 @@ class DataLoader:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _batch(self, order: NDArray[np.int64], epoch: int, number: int) -> Batch:
-        indices = order[number * self.batch_size : (number + 1) * self.batch_size]
+        own = [
+            number * self.batch_size + i * self.micro_batch + np.arange(share.start, share.stop)
+            for i, share in enumerate(self.shares(number))
+        ]
+        indices = order[np.concatenate(own)]
         draws = Draws(self.seed, epoch, indices)
         images = self.augmentation.apply(self.dataset.images[indices], draws)
-        rows = images.reshape(len(images), -1).astype(np.float32)
+        rows = images.reshape(len(images), len(self._scale)).astype(np.float32)
         rows *= self._scale
         rows += self._shift
         pixels = rows.reshape(images.shape)

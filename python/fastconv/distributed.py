@@ -42,6 +42,7 @@ __all__ = [
     "any_process",
     "broadcast_state",
     "convert_sync_batchnorm",
+    "failing_together",
     "init",
 ]
 
@@ -131,6 +132,9 @@ class TorchCommunicator:
         self._group = group
         self.rank: int = torch.distributed.get_rank(group)
         self.size: int = torch.distributed.get_world_size(group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TorchCommunicator:
+        return self  # the copy of a layer talks to the same processes
 
     def all_reduce(self, array: Array, op: str = "sum") -> Handle:
         _check(array, op)
@@ -250,6 +254,16 @@ def init(timeout: float = 1800.0) -> Communicator:
     return TorchCommunicator()
 
 
+@contextmanager
+def failing_together(communicator: Communicator) -> Iterator[None]:
+    """Leaves the group when its body raises, so that no other process waits for this one."""
+    try:
+        yield
+    except BaseException:
+        communicator.close()
+        raise
+
+
 def any_process(communicator: Communicator, flag: bool) -> bool:
     """Whether `flag` is set in at least one of the processes."""
     flags = np.array([flag], np.int64)
@@ -295,6 +309,8 @@ class GradientReducer:
     bucket_mb: size of a bucket in MiB, that of the first being `first_bucket_mb`, so that
         communication starts early. A larger parameter has a bucket of its own.
 
+    communicator: the processes; the reducer talks on a duplicate of it.
+
     Raises ValueError without parameters, and for sizes that are not positive.
     """
 
@@ -319,6 +335,7 @@ class GradientReducer:
         # A channel of its own: a process that has no gradient for some parameter starts a bucket
         # later than the others, perhaps after an all-reduce of a synchronised batch norm.
         self._communicator = communicator.duplicate()
+        self.communicator = communicator
         self._op = op
         self._first_bytes, self._bytes = first_bucket_mb * _MEGABYTE, bucket_mb * _MEGABYTE
         self._numbers = {p: i for i, p in enumerate(self._parameters)}
@@ -355,9 +372,10 @@ class GradientReducer:
         self._started = 0
 
     def close(self) -> None:
-        """Takes the hooks off the parameters."""
+        """Takes the hooks off the parameters and leaves the group of processes made for this."""
         for remove in self._removers:
             remove()
+        self._communicator.close()
 
     def _final(self, parameter: Tensor) -> None:
         if not self._enabled or parameter not in self._numbers:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fastconv import functional as F
 from fastconv import nn
 from fastconv.data import DataLoader
+from fastconv.distributed import Communicator, SingleProcess
 from fastconv.tensor import Tensor, no_grad
 
 __all__ = ["Evaluation", "count_correct", "evaluate"]
@@ -71,8 +72,12 @@ class Evaluation:
         ]
 
 
-def evaluate(model: nn.Module, loader: DataLoader) -> Evaluation:
+def evaluate(
+    model: nn.Module, loader: DataLoader, communicator: Communicator | None = None
+) -> Evaluation:
     """Loss and accuracies over the loader's epoch 0, in evaluation mode; the modes are put back.
+
+    communicator  the processes whose loaders share the images; each gets the figures of all
 
     Raises ValueError for a loader without batches.
     """
@@ -85,7 +90,7 @@ def evaluate(model: nn.Module, loader: DataLoader) -> Evaluation:
         with no_grad():
             for x, y in loader:
                 logits = model(Tensor(x))
-                loss_sum += F.cross_entropy(logits, y).item() * len(y)
+                loss_sum += F.cross_entropy(logits, y, reduction="sum").item()
                 in_top5 += count_in_top(logits, y, 5)
                 labels.append(y)
                 answers.append(logits.data.argmax(axis=1))
@@ -93,11 +98,16 @@ def evaluate(model: nn.Module, loader: DataLoader) -> Evaluation:
     finally:
         for module, training in modes:
             module.training = training
-    images = sum(map(len, labels))
-    if not images:
+    if not labels:
         raise ValueError("no images to evaluate on")
     confusion = np.zeros((classes, classes), np.int64)
     np.add.at(confusion, (np.concatenate(labels), np.concatenate(answers)), 1)
+    communicator = communicator or SingleProcess()
+    sums = np.array([loss_sum, in_top5])
+    for part in (sums, confusion):
+        communicator.all_reduce(part).wait()
+    loss_sum, in_top5 = sums.tolist()
+    images = int(confusion.sum())
     accuracy = int(np.trace(confusion)) / images
     return Evaluation(loss_sum / images, accuracy, images, in_top5 / images, confusion)
 

@@ -11,10 +11,14 @@ from typing import Any
 from fastconv import checkpoint, data, models, nn, optim, weights
 from fastconv.config import TrainConfig
 from fastconv.data import DataLoader, Dataset
+from fastconv.distributed import Communicator
 
 
-def prepare_data(config: TrainConfig) -> tuple[DataLoader, DataLoader, dict[str, Any]]:
-    """The loaders of both splits, and what a checkpoint says about model and data."""
+def prepare_data(
+    config: TrainConfig, communicator: Communicator
+) -> tuple[DataLoader, DataLoader, dict[str, Any]]:
+    """The loaders of both splits, for this process's part of each batch, and what a checkpoint says
+    about model and data."""
     train_set, test_set = (
         data.load(config.data, split, config.data_dir, config.image_size)
         for split in ("train", "test")
@@ -31,9 +35,10 @@ def prepare_data(config: TrainConfig) -> tuple[DataLoader, DataLoader, dict[str,
             f"those to train, {train_set.image_shape} and {train_set.classes}"
         )
     mean, std = _statistics(config, train_set)
+    rank, processes = communicator.rank, communicator.size
     train_loader = DataLoader(
         train_set,
-        config.batch_size * config.accumulate,
+        config.batch_size * config.accumulate * processes,
         shuffle=True,
         seed=config.seed,
         augmentation=config.augmentation(),
@@ -41,8 +46,18 @@ def prepare_data(config: TrainConfig) -> tuple[DataLoader, DataLoader, dict[str,
         std=std,
         prefetch=config.prefetch,
         workers=config.workers,
+        rank=rank,
+        processes=processes,
+        micro_batch=config.batch_size * processes,
     )
-    test_loader = DataLoader(test_set, evaluation_batch(height), mean=mean, std=std)
+    test_loader = DataLoader(
+        test_set,
+        evaluation_batch(height) * processes,
+        mean=mean,
+        std=std,
+        rank=rank,
+        processes=processes,
+    )
     info = {
         "model": config.model,
         "data": config.data,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +12,9 @@ from numpy.typing import NDArray
 
 from fastconv import functional as F
 from fastconv import nn, ops, optim
+from fastconv.distributed import Communicator, GradientReducer, SingleProcess
 from fastconv.evaluation import count_correct
+from fastconv.init import Share, default_generator
 from fastconv.tensor import Tensor
 
 # Of the auxiliary heads' losses, by the type of what the model returns in training: Szegedy et al.
@@ -23,7 +27,7 @@ class TrainingError(RuntimeError):
 
 
 class Step(NamedTuple):
-    """What a step found before it changed the weights."""
+    """What a step found, in all processes together, before it changed the weights."""
 
     loss: float  # mean over the images
     correct: int
@@ -39,6 +43,8 @@ def train_step(
     *,
     micro_batch: int | None = None,
     clip_norm: float | None = None,
+    gradients: GradientReducer | None = None,
+    shares: Sequence[Share] | None = None,
 ) -> Step:
     """A step on images x [N, C, H, W], labels y [N].
 
@@ -46,19 +52,34 @@ def train_step(
                  step of the whole batch, to rounding, in the memory of a smaller one (but batch
                  norm sees the smaller one's statistics)
     clip_norm    scale the gradients so that their common L2 norm is at most this
+    gradients    what adds up the gradients of all processes (op "sum"), each of which has a part of
+                 the batch; None: this process is alone
+    shares       which rows of each micro-batch x and y are, one after another; needed with
+                 `gradients`, and instead of micro_batch
 
     Raises TrainingError, and leaves the weights alone, when the loss or the clipped norm is not
-    finite.
+    finite; in all processes then.
     """
     optimizer.zero_grad()
-    loss, correct = 0.0, 0
     size = micro_batch or len(y)
-    for start in range(0, len(y), size):
-        part = slice(start, start + size)
-        share = len(y[part]) / len(y)
-        value, right = _forward_backward(model, x[part], y[part], label_smoothing, share)
-        loss += value * share
+    if shares is None:
+        sizes = (min(size, len(y) - first) for first in range(0, len(y), size))
+        shares = [Share(0, n, n) for n in sizes]
+    communicator = SingleProcess() if gradients is None else gradients.communicator
+    total = sum(share.total for share in shares)
+    loss, correct, first = 0.0, 0, 0
+    for number, share in enumerate(shares, 1):
+        part = slice(first, first + share.stop - share.start)
+        first = part.stop
+        adding = gradients.no_sync() if gradients and number < len(shares) else nullcontext()
+        with default_generator.batch_share(share), adding:
+            value, right = _forward_backward(
+                model, x[part], y[part], label_smoothing, total, communicator
+            )
+        loss += value
         correct += right
+    if gradients is not None:
+        gradients.finish()
     norm, scale = None, 1.0
     if clip_norm is not None:
         norm = ops.gradient_norm([p.grad for g in optimizer.param_groups for p in g["params"]])
@@ -90,12 +111,24 @@ def training_loss(output: Any, y: NDArray[Any], label_smoothing: float) -> tuple
 
 
 def _forward_backward(
-    model: nn.Module, x: NDArray[Any], y: NDArray[Any], label_smoothing: float, share: float
+    model: nn.Module,
+    x: NDArray[Any],
+    y: NDArray[Any],
+    label_smoothing: float,
+    total: int,
+    communicator: Communicator,
 ) -> tuple[float, int]:
-    """(mean loss, how many right); `share` times the gradients are added to the parameters."""
+    """(loss, how many right) of all processes: the sum over the images, divided by `total`.
+
+    The gradients of this process's loss are added to the parameters.
+    """
     logits, loss = training_loss(model(Tensor(x)), y, label_smoothing)
-    value = loss.item()
+    share = len(y) / total
+    own = loss.item() * share if len(y) else 0.0  # the mean over no images is no number
+    figures = np.array([own, count_correct(logits, y)])
+    communicator.all_reduce(figures).wait()
+    value, correct = figures.tolist()
     if not math.isfinite(value):
         raise TrainingError(f"the loss is {value}: try a smaller learning rate")
     loss.backward(np.full(loss.shape, share, loss.dtype))
-    return value, count_correct(logits, y)
+    return value, int(correct)

@@ -25,10 +25,17 @@ from types import FrameType
 from typing import Any
 
 import fastconv
-from fastconv import checkpoint, nn
+from fastconv import checkpoint, distributed, nn
 from fastconv.config import TrainConfig, load_config
+from fastconv.distributed import (
+    Communicator,
+    GradientReducer,
+    SingleProcess,
+    failing_together,
+)
 from fastconv.ema import EMA
 from fastconv.evaluation import Evaluation, evaluate
+from fastconv.init import Share
 from fastconv.progress import Progress, plot_curves
 from fastconv.recipe import (
     create_model,
@@ -115,63 +122,100 @@ def train(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
+    communicator: Communicator | None = None,
 ) -> Result:
     """Trains a model as the configuration says and returns how it ended, with the model.
 
     out        folder of the run; None keeps nothing on the disk (and needs numpy alone)
     overwrite  replace the run that is in `out`; without it FileExistsError is raised
     progress   what reports on the way; nothing is reported without it
+    communicator
+               the processes that share the work, all of which call this: with batches of B images,
+               P of them take the steps of one process with batches of P * B. Process 0 alone
+               reports and writes; the figures are those of all. None: this process alone
 
     Raises ValueError for a bad configuration or data set, TrainingError when the loss stops being
-    finite, and KeyboardInterrupt after an interrupt, once the checkpoint is written.
+    finite, KeyboardInterrupt after an interrupt (of any process), once the checkpoint is written,
+    and CommunicationError where another process has failed. The communicator is closed then.
     """
-    config = config.resolved()
-    folder = None if out is None else RunFolder(out)
-    if folder is not None:
-        checkpoint.check_available()
-        folder.check_free(overwrite)
-    run = _Run(config, folder, progress or Progress())
-    if config.weights is not None:
-        run.load_pretrained(config.weights)
-    if folder is not None:
-        folder.create(run.config)
-    if config.weights is not None:
-        run.save()  # from now on the file of the weights is not needed
-    return run.run()
+    team = communicator or SingleProcess()
+    with failing_together(team):
+        config = config.resolved()
+        folder = None if out is None or team.rank != 0 else RunFolder(out)
+        if folder is not None:
+            checkpoint.check_available()
+            folder.check_free(overwrite)
+        run = _Run(config, folder, progress or Progress(), team)
+        if config.weights is not None:
+            run.load_pretrained(config.weights)
+        if folder is not None:
+            folder.create(run.config)
+        if config.weights is not None:
+            run.save()  # from now on the file of the weights is not needed
+        return run.run()
 
 
-def resume(out: str | PathLike[str], *, progress: Progress | None = None, **changes: Any) -> Result:
+def resume(
+    out: str | PathLike[str],
+    *,
+    progress: Progress | None = None,
+    communicator: Communicator | None = None,
+    **changes: Any,
+) -> Result:
     """Goes on with the run in `out` from its last checkpoint, to the bits of a run never stopped.
+
+    communicator
+             as in `train`; as many processes as the run had, which all read `out`
 
     changes  fields of TrainConfig that do not touch the result: threads, prefetch, workers,
              data_dir, checkpoint_every. ValueError for any other, unless it is what the run has
              anyway.
     """
+    team = communicator or SingleProcess()
+    with failing_together(team):
+        config = _changed(out, changes)
+        folder = RunFolder(out)
+        run = _Run(config, folder if team.rank == 0 else None, progress or Progress(), team)
+        run.restore(folder)
+        return run.run()
+
+
+def _changed(out: str | PathLike[str], changes: dict[str, Any]) -> TrainConfig:
+    """The configuration of the run in `out` with changes that do not touch the result."""
     config = load_config(out)
     for name, value in changes.items():
         kept = getattr(config, name)
         if name not in _CHANGEABLE and value != kept:
             raise ValueError(f"a resumed run keeps its {name}: {out} has {kept}, asked for {value}")
-    config = dataclasses.replace(config, **changes).resolved()
-    run = _Run(config, RunFolder(out), progress or Progress())
-    run.restore()
-    return run.run()
+    return dataclasses.replace(config, **changes).resolved()
 
 
 class _Run:
     """Everything that is alive during a run, and its loop."""
 
-    def __init__(self, config: TrainConfig, folder: RunFolder | None, progress: Progress) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: RunFolder | None,
+        progress: Progress,
+        communicator: Communicator,
+    ) -> None:
         if config.threads is not None:
             fastconv.set_num_threads(config.threads)
         self.config = config
-        self.folder = folder
-        self.progress = progress
-        self.train_loader, self.test_loader, self.info = prepare_data(config)
+        self.folder = folder  # of process 0; None in the others
+        self.progress = progress if communicator.rank == 0 else Progress()
+        self.communicator = communicator
+        self.train_loader, self.test_loader, self.info = prepare_data(config, communicator)
         fastconv.manual_seed(config.seed)
         self.model = create_model(self.info)
         if config.freeze_backbone:
             freeze_backbone(self.model)
+        distributed.broadcast_state(self.model, communicator)
+        if config.sync_batch_norm:
+            self.model = distributed.convert_sync_batchnorm(self.model, communicator)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.gradients = GradientReducer(trained, communicator, op="sum")
         self.ema = EMA(self.model, config.ema) if config.ema else None
         self.optimizer = create_optimizer(config, self.model)
         self.schedule = create_schedule(
@@ -189,7 +233,7 @@ class _Run:
         with _interruptible() as interrupted, self.progress as progress:
             progress.run_started(self.config, self.info, parameters, self.at.epoch, self.at.batch)
             while self.at.epoch < self.config.epochs and not self._out_of_patience():
-                if interrupted.is_set():
+                if self._is_set(interrupted):
                     raise KeyboardInterrupt
                 self._train_epoch(interrupted)
                 self._finish_epoch()
@@ -216,6 +260,10 @@ class _Run:
         """The model that is evaluated and kept: with the averaged weights, if there are any."""
         return self.model if self.ema is None else self.ema.model
 
+    def _is_set(self, event: threading.Event) -> bool:
+        """Whether an event is set in any process: they stop after the same step."""
+        return distributed.any_process(self.communicator, event.is_set())
+
     def _out_of_patience(self) -> bool:
         at, patience = self.at, self.config.patience
         return patience is not None and at.epoch - (at.best_epoch + 1) >= patience
@@ -232,21 +280,25 @@ class _Run:
         with closing(self.train_loader.batches(at.epoch, start=at.batch)) as batches:
             for x, y in batches:
                 lr = self.schedule.rate(config.lr, self.schedule.last_epoch)
-                step = self._train_step(x, y, lr)
-                at.add_batch(step.loss, step.correct, len(y))
+                shares = self.train_loader.shares(at.batch)
+                images = sum(share.total for share in shares)
+                step = self._train_step(x, y, shares, lr)
+                at.add_batch(step.loss, step.correct, images)
                 now = time.perf_counter()
-                self.trained_images += len(y)
+                self.trained_images += images
                 self.trained_seconds += now - mark
                 mark = now
                 self.progress.step(at.loss_sum / at.images, at.correct / at.images, self._speed())
                 if at.step % config.log_every == 0:
-                    self._log_step(step, len(y), lr)
-                if interrupted.is_set() or at.step % config.checkpoint_every == 0:
+                    self._log_step(step, images, lr)
+                stopping = self._is_set(interrupted)
+                if stopping or at.step % config.checkpoint_every == 0:
                     self.save()
-                if interrupted.is_set():
+                if stopping:
+                    self.communicator.barrier()  # the end of one may be the end of all
                     raise KeyboardInterrupt
 
-    def _train_step(self, x: Any, y: Any, lr: float) -> Step:
+    def _train_step(self, x: Any, y: Any, shares: list[Share], lr: float) -> Step:
         config = self.config
         try:
             step = train_step(
@@ -255,8 +307,9 @@ class _Run:
                 x,
                 y,
                 config.label_smoothing,
-                micro_batch=config.batch_size,
                 clip_norm=config.clip_norm,
+                gradients=self.gradients,
+                shares=shares,
             )
         except TrainingError as error:
             where = f"epoch {self.at.epoch + 1}, step {self.at.step + 1}, learning rate {lr:g}"
@@ -269,7 +322,9 @@ class _Run:
     def _finish_epoch(self) -> None:
         """Evaluates, notes the figures, keeps the weights if they are the best, and moves on."""
         at = self.at
-        test = evaluate(self.result_model, self.test_loader)
+        # Without sync_batch_norm every process has running statistics of its own.
+        distributed.broadcast_state(self.result_model, self.communicator)
+        test = evaluate(self.result_model, self.test_loader, self.communicator)
         at.test_loss, at.test_accuracy = test.loss, test.accuracy
         figures = {
             "loss": at.loss_sum / at.images,
@@ -299,6 +354,7 @@ class _Run:
             "random": nn.get_rng_state(),
             "position": asdict(self.at),
             "train_images": len(self.train_loader.dataset),
+            "processes": self.communicator.size,
         }
         if self.ema is not None:
             state["ema"] = {"updates": self.ema.updates, "model": self.model.state_dict()}
@@ -316,17 +372,22 @@ class _Run:
         if grey is not None:
             self.progress.message(f"{grey}: summed over the channels, since the images are grey")
 
-    def restore(self) -> None:
+    def restore(self, folder: RunFolder) -> None:
         """Takes up the last checkpoint; a run killed before its first one starts again."""
-        if self.folder is None or not self.folder.last.exists():
+        if not folder.last.exists():
             if self.config.weights is not None:
                 self.load_pretrained(self.config.weights)
             return
-        state, _ = checkpoint.load_state(self.folder.last)
+        state, _ = checkpoint.load_state(folder.last)
+        if state["processes"] != self.communicator.size:
+            raise ValueError(
+                f"{folder.path} was started with {state['processes']} processes, not with "
+                f"{self.communicator.size}"
+            )
         images = len(self.train_loader.dataset)
         if state["train_images"] != images:
             raise ValueError(
-                f"{self.folder.path} was started with {state['train_images']} training images, "
+                f"{folder.path} was started with {state['train_images']} training images, "
                 f"the data set has {images} now"
             )
         self.result_model.load_state_dict(state["model"])
@@ -353,7 +414,7 @@ class _Run:
             self.folder.write_metrics({**where, **figures, **timing})
 
     def _speed(self) -> float | None:
-        """Training images per second of this process, without the time of evaluations."""
+        """Training images per second, of all processes, without the time of evaluations."""
         return self.trained_images / self.trained_seconds if self.trained_images else None
 
 
