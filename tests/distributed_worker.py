@@ -119,19 +119,18 @@ def operations(communicator: Communicator) -> dict[str, Any]:
 
 
 def fail(communicator: Communicator) -> None:
-    """Process 0 must learn of the failure of process 1, although that one lives on."""
+    """Process 0 learns of the failure of process 1 although that one lives on."""
     values = np.ones(3)
     communicator.all_reduce(values).wait()
-    began = time.monotonic()
     try:
         with distributed.failing_together(communicator):
             if communicator.rank == 1:
                 raise KeyError("wrong")
             communicator.all_reduce(values).wait()
     except KeyError:
-        time.sleep(20)
+        time.sleep(200)
     except CommunicationError as error:
-        print(f"{error} after {time.monotonic() - began:.1f} s")
+        print(error)
 
 
 class Stopping(Progress):
