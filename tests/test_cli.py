@@ -69,7 +69,7 @@ def test_defaults_in_the_help_are_those_of_the_configuration(
     for option, value in (
         ("--model NAME name of the model", config.model),
         ("--epochs N times through the training images", config.epochs),
-        ("--batch-size N images a batch", config.batch_size),
+        ("--batch-size N images a batch, in each process", config.batch_size),
         ("--warmup-steps N steps of linear warm-up", config.warmup_steps),
         ("--log-every N steps between two lines of metrics.jsonl", config.log_every),
         ("--checkpoint-every N steps between two checkpoints", config.checkpoint_every),
