@@ -281,14 +281,13 @@ def broadcast_state(model: Module, communicator: Communicator) -> None:
 
 
 def convert_sync_batchnorm(model: Module, communicator: Communicator) -> Module:
-    """Replaces every batch norm in `model` by an `nn.SyncBatchNorm` with the same state.
+    """Gives every batch norm in `model` the statistics over all processes, as `nn.SyncBatchNorm`.
 
-    Returns the model; a model that is itself a batch norm is returned as its replacement.
+    Returns the model. The layers stay the same objects, with the same parameters and buffers.
     """
-    if isinstance(model, (nn.BatchNorm1d, nn.BatchNorm2d)):
-        return nn.SyncBatchNorm.of(model, communicator)
-    for name, child in model.named_children():
-        setattr(model, name, convert_sync_batchnorm(child, communicator))
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)):
+            module.communicator = communicator
     return model
 
 
@@ -305,11 +304,10 @@ class GradientReducer:
     stays None, so that the optimiser leaves the parameter alone, as it does in a single process.
 
     parameters: those to reduce; the ones that require no gradient when this is made are left out.
+    communicator: the processes; the reducer talks on a duplicate of it.
     op: "mean", or "sum" where each process has already divided by the size of the whole batch.
     bucket_mb: size of a bucket in MiB, that of the first being `first_bucket_mb`, so that
         communication starts early. A larger parameter has a bucket of its own.
-
-    communicator: the processes; the reducer talks on a duplicate of it.
 
     Raises ValueError without parameters, and for sizes that are not positive.
     """
@@ -397,9 +395,9 @@ class GradientReducer:
 
     def _make_buckets(self) -> None:
         """The buckets, in the order of process 0; parameters without a gradient come last."""
-        ready = list(dict.fromkeys(self._ready))
-        unused = [p for p in self._parameters if p not in set(ready)]
-        order = np.array([self._numbers[p] for p in ready + unused], np.int64)
+        ready = dict.fromkeys(self._numbers[p] for p in self._ready)
+        unused = (i for i in self._numbers.values() if i not in ready)
+        order = np.array([*ready, *unused], np.int64)
         self._communicator.broadcast(order)
         limit, members, filled = self._first_bytes, list[Tensor](), 0
         for parameter in (self._parameters[i] for i in order):

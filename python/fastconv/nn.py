@@ -263,7 +263,7 @@ class Linear(Module):
 class _BatchNorm(Module):
     _dimensions: tuple[int, ...] = (4,)
     _optional_state = ("num_batches_tracked",)
-    _communicator: Communicator | None = None  # None: the statistics are those of this process
+    communicator: Communicator | None = None  # None: the statistics are those of this process
 
     def __init__(
         self,
@@ -315,7 +315,7 @@ class _BatchNorm(Module):
             self.eps,
             residual=residual,
             activation=activation or self.activation,
-            communicator=self._communicator,
+            communicator=self.communicator,
         )
 
     def extra_repr(self) -> str:
@@ -324,6 +324,7 @@ class _BatchNorm(Module):
             f"affine={self.weight is not None}, "
             f"track_running_stats={self.running_mean is not None}"
             + (f", activation={self.activation!r}" if self.activation else "")
+            + (f", processes={self.communicator.size}" if self.communicator else "")
         )
 
 
@@ -364,15 +365,7 @@ class SyncBatchNorm(_BatchNorm):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, activation=activation
         )
-        self._communicator = communicator
-
-    @classmethod
-    def of(cls, layer: _BatchNorm, communicator: Communicator) -> SyncBatchNorm:
-        """`layer` made synchronised: it shares parameters, buffers and hooks with it."""
-        result = cls.__new__(cls)
-        vars(result).update(vars(layer))
-        result._communicator = communicator
-        return result
+        self.communicator = communicator
 
 
 class LocalResponseNorm(Module):

@@ -237,6 +237,7 @@ class _Run:
                     raise KeyboardInterrupt
                 self._train_epoch(interrupted)
                 self._finish_epoch()
+            self.gradients.close()
             if self.at.epoch < self.config.epochs:
                 progress.message(f"ended early: no better for {self.config.patience} epochs")
         if self.folder is not None and not plot_curves(self.folder.metrics, self.folder.curves):
