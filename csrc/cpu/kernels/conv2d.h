@@ -100,37 +100,45 @@ struct PlanarTile {
   int64_t y_step;  // between channels
 };
 
-// One row of a depthwise convolution:
-// y[j] = sum over (a, b) of w[a][b] x_rows[a][first + j * step + b * tap_step], for every channel.
-struct DepthwiseRow {
-  const float* const* x_rows;  // of the kernel rows that lie in the image
-  const float* const* w_rows;  // of the same: [channels / lanes, rounded up][kernel_columns][lanes], zero in the tail
-  int64_t kernel_rows, kernel_columns;
-  int64_t x_width;                // pixels of a source row
-  int64_t first, step, tap_step;  // source column of output 0 and tap 0; per output; per tap (both positive)
-  int64_t row_step;               // source rows from one row of outputs to the next
-  int64_t x_pixel, y_pixel;       // floats between neighbouring source columns, and between consecutive outputs
+// What the kernels of a depthwise convolution have loops for; any other kernel is given to them as one of a single
+// column, whose rows are the taps.
+constexpr int64_t kMaxDepthwiseColumns = 5, kMaxDepthwiseStep = 2;
+
+// A stream that is read on while a kernel works on what came before: where, and how much for a vector of one output.
+struct Prefetch {
+  const float* at;
+  int64_t floats;
+};
+
+// One or two rows of outputs of a depthwise convolution: under every channel, of row r
+// y[r][j] = sum over (a, b) of w[a][b] x_rows[a + r * row_step][j * step + b].
+struct DepthwiseRows {
+  const float* const* const* x_rows;  // pointers to pixels; null: a row outside the image
+  int64_t x_row_count, row_step;      // with one row of outputs row_step = x_row_count
+  int64_t kernel_rows, kernel_columns, step;
+  const float* w;  // [channels / lanes, rounded up][kernel_rows][kernel_columns][lanes], zero in the tail
   float* y;
   const float* residual;  // like y, or null
   const float* bias;      // or null
-  int64_t outputs;
+  int64_t rows, outputs;
+  int64_t y_row, y_pixel;  // floats between rows and between neighbouring outputs
   int64_t channels;
   float low, high;
-  bool streaming;  // non-temporal stores of full vectors; y and y_pixel aligned
+  bool streaming;  // non-temporal stores of full vectors; y, y_row and y_pixel aligned
+  Prefetch next[1];
 };
 
-// dw[a][b] += sum over j of dy[j] x_rows[a][first + j * step + b * tap_step], for every channel.
-struct DepthwiseWeightRow {
-  const float* const* x_rows;
-  float* const* dw_rows;  // laid out as w_rows
+// dw[a][b] += sum over (r, j) of dy[r][j] x_rows[a + r * row_step][j * step + b].
+struct DepthwiseWeightRows {
+  const float* const* const* x_rows;
+  int64_t x_row_count, row_step;
+  int64_t kernel_rows, kernel_columns, step;
+  float* w;  // dw, laid out as w
   const float* dy;
-  int64_t kernel_rows, kernel_columns;
-  int64_t x_width;
-  int64_t first, step, tap_step;
-  int64_t row_step;
-  int64_t pixel;  // floats between neighbouring pixels of x and of dy
   int64_t outputs;
+  int64_t dy_row, dy_pixel;
   int64_t channels;
+  Prefetch next[2];
 };
 
 struct Conv2dKernels {
@@ -157,8 +165,8 @@ struct Conv2dKernels {
   void (*strip_weight_tile)(const StripWeightTile&);
   int64_t planar_vectors[kFewChannels];
   void (*planar_tile)(const PlanarTile&);
-  void (*depthwise_row)(const DepthwiseRow&);
-  void (*depthwise_weight_row)(const DepthwiseWeightRow&);
+  void (*depthwise_rows)(const DepthwiseRows&);
+  void (*depthwise_weight_rows)(const DepthwiseWeightRows&);
 };
 
 }  // namespace fastconv::cpu

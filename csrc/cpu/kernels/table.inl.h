@@ -33,8 +33,8 @@ constexpr Conv2dKernels conv2d_kernels() {
       strip_weight_tile,
       {planar_vectors<1>(), planar_vectors<2>(), planar_vectors<3>(), planar_vectors<4>()},
       planar_tile,
-      depthwise_row,
-      depthwise_weight_row,
+      depthwise_rows<DepthwiseRows>,
+      depthwise_rows<DepthwiseWeightRows>,
   };
 }
 
