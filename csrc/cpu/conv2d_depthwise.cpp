@@ -1,5 +1,5 @@
-// Depthwise convolution (groups = C = K): two rows of outputs at a time, vectorised over channels. The input gradient is
-// the same loop over dy, a phase of the stride at a time.
+// Depthwise convolution (groups = C = K): two rows of outputs at a time, vectorised over channels. The input gradient
+// is the same loop over dy, a phase of the stride at a time.
 #include <algorithm>
 #include <cstring>
 
@@ -80,8 +80,7 @@ class Pixels {
       for (const auto& tap : row_taps) add(image, first_row + tap.offset, column_taps[0].offset, 1);
     } else {
       for (const auto& tap : row_taps)
-        for (const auto& column : column_taps)
-          add(image, first_row + tap.offset, column.offset, phase_.columns().step);
+        for (const auto& column : column_taps) add(image, first_row + tap.offset, column.offset, phase_.columns().step);
     }
   }
 
@@ -111,12 +110,21 @@ class Pixels {
   std::vector<const float* const*> rows_;
 };
 
-// What the rows of outputs after these read first, for one vector of one output of these.
-Prefetch next_rows(const float* image, const Image& size, const Phase& phase, int64_t j, int64_t count) {
+// Rows [begin, end) of an image, or of the one behind it, shared out among the vectors of so many outputs.
+Prefetch prefetch_rows(const float* image, const Image& size, int64_t begin, int64_t end, int64_t outputs) {
+  return {image + begin * size.row(), (end - begin) * size.w * kernels().conv2d.lanes / outputs};
+}
+
+// The source rows that are read after those of output rows j .. j + count - 1.
+Prefetch next_source(const float* image, const Image& size, const Phase& phase, int64_t j, int64_t count) {
+  const AxisTaps& rows = phase.rows();
   if (phase.taps() == 0) return {image, 0};
-  const int64_t step = phase.rows().step, row = (j + count - 1) * step + phase.rows().taps.back().offset + 1;
-  const int64_t floats = count * step * size.w * kernels().conv2d.lanes / phase.columns().outputs;
-  return {image + std::max<int64_t>(row, 0) * size.row(), floats};
+  const auto end = [&](int64_t first) {
+    const int64_t last = std::min(first + count, rows.outputs) - 1;
+    return std::clamp<int64_t>(last * rows.step + rows.taps.back().offset + 1, 0, size.h);
+  };
+  const int64_t to = j + count < rows.outputs ? end(j + count) : size.h + end(0);
+  return prefetch_rows(image, size, end(j), to, phase.columns().outputs);
 }
 
 // w[taps of rows][taps of columns] as [vector of channels][row][column][lane].
@@ -131,8 +139,8 @@ void pack_weights(const TensorView& w, const Phase& phase, int64_t channels, int
 
 std::vector<float> zero_pixel(int64_t channels) { return std::vector<float>(channels, 0.0f); }
 
-// y = correlation of x with w, at the places that the axes name. All phases of some rows of y are written in turn, while
-// what they read is in cache.
+// y = correlation of x with w, at the places that the axes name. All phases of some rows of y are written in turn,
+// while what they read is in cache.
 void run(const float* x, const Image& x_size, int64_t images, const TensorView& w, const std::vector<AxisTaps>& rows,
          const std::vector<AxisTaps>& columns, float* y, const Image& y_size, const Epilogue& epilogue) {
   const int64_t channels = x_size.channels, lanes = kernels().conv2d.lanes;
@@ -186,7 +194,11 @@ void run(const float* x, const Image& x_size, int64_t images, const TensorView& 
             t.channels = channels;
             t.low = epilogue.low, t.high = epilogue.high;
             t.streaming = streaming;
-            t.next[0] = f == 0 ? next_rows(image, x_size, phase, j, count) : Prefetch{x, 0};
+            if (f == 0) {
+              const int64_t next = (j + count) * row.out_step, after = streaming ? next : next + count * row.out_step;
+              t.next[0] = next_source(image, x_size, phase, j, count);
+              t.next[1] = prefetch_rows(y + i / steps * y_size.size(), y_size, next, after, column.outputs);
+            }
             kernels().conv2d.depthwise_rows(t);
           }
         }
@@ -247,8 +259,8 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
       t.outputs = a.q;
       t.dy_row = y_size.row(), t.dy_pixel = a.c;
       t.channels = a.c;
-      t.next[0] = next_rows(image, x_size, phase, j, count);
-      t.next[1] = {t.dy + count * y_size.row(), count * lanes};
+      t.next[0] = next_source(image, x_size, phase, j, count);
+      t.next[1] = prefetch_rows(t.dy, y_size, count, 2 * count, a.q);
       kernels().conv2d.depthwise_weight_rows(t);
     }
   });

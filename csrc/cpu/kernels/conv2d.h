@@ -104,7 +104,8 @@ struct PlanarTile {
 // column, whose rows are the taps.
 constexpr int64_t kMaxDepthwiseColumns = 5, kMaxDepthwiseStep = 2;
 
-// A stream that is read on while a kernel works on what came before: where, and how much for a vector of one output.
+// A stream that is fetched on while a kernel works on what came before: from where, and how much for a vector of one
+// output.
 struct Prefetch {
   const float* at;
   int64_t floats;
@@ -124,8 +125,8 @@ struct DepthwiseRows {
   int64_t y_row, y_pixel;  // floats between rows and between neighbouring outputs
   int64_t channels;
   float low, high;
-  bool streaming;  // non-temporal stores of full vectors; y, y_row and y_pixel aligned
-  Prefetch next[1];
+  bool streaming;    // non-temporal stores of full vectors; y, y_row and y_pixel aligned
+  Prefetch next[2];  // of x and y
 };
 
 // dw[a][b] += sum over (r, j) of dy[r][j] x_rows[a + r * row_step][j * step + b].
@@ -138,7 +139,7 @@ struct DepthwiseWeightRows {
   int64_t outputs;
   int64_t dy_row, dy_pixel;
   int64_t channels;
-  Prefetch next[2];
+  Prefetch next[2];  // of x and dy
 };
 
 struct Conv2dKernels {

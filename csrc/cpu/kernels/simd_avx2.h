@@ -43,9 +43,12 @@ inline Words multiply_words(Words a, Words b) {
 }
 inline void keep(Vec& a) { asm("" : "+x"(a)); }  // in a register, not as a memory operand
 // Always inlined: GCC takes a function that only prefetches for one without effect and drops its calls.
-#define FC_PREFETCH inline __attribute__((always_inline)) void
-FC_PREFETCH prefetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
-FC_PREFETCH prefetch_l2(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+inline __attribute__((always_inline)) void prefetch(const float* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+}
+inline __attribute__((always_inline)) void prefetch_l2(const float* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+}
 
 }  // namespace
 }  // namespace fastconv::cpu

@@ -44,9 +44,8 @@ typedef uint64_t Words __attribute__((vector_size(16)));
 inline Words multiply_words(Words a, Words b) { return (a & 0xffffffff) * (b & 0xffffffff); }
 inline void keep(Vec&) {}  // a hint that this compiler has no portable form for
 // Always inlined: GCC takes a function that only prefetches for one without effect and drops its calls.
-#define FC_PREFETCH inline __attribute__((always_inline)) void
-FC_PREFETCH prefetch(const float* p) { __builtin_prefetch(p, 0, 3); }
-FC_PREFETCH prefetch_l2(const float* p) { __builtin_prefetch(p, 0, 2); }
+inline __attribute__((always_inline)) void prefetch(const float* p) { __builtin_prefetch(p, 0, 3); }
+inline __attribute__((always_inline)) void prefetch_l2(const float* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace
 }  // namespace fastconv::cpu
