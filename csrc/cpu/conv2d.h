@@ -102,8 +102,8 @@ inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Outputs of so many floats do not fit L2: writing around the caches saves reading them first.
 // Every store must then be a full, aligned vector.
-inline bool worth_streaming(int64_t pixels, int64_t channels) {
-  return channels % 16 == 0 && pixels * channels >= int64_t{1} << 19;
+inline bool worth_streaming(int64_t pixels, int64_t channels, int64_t least_floats = int64_t{1} << 19) {
+  return channels % 16 == 0 && pixels * channels >= least_floats;
 }
 
 // Which source pixels an axis of outputs needs. Output j, at destination out_first + j * out_step, is the sum over taps

@@ -12,6 +12,9 @@ namespace fastconv::cpu::depthwise {
 namespace {
 
 constexpr int64_t kRows = 2;  // rows of outputs that a kernel takes at once
+// Outputs beyond L2 are written around the cache. Stores that jump from pixel to pixel wait for every line to be read
+// first: that costs more than it costs the next operation to read the outputs from memory.
+constexpr int64_t kStreamedFloats = 256 * 1024;
 
 struct Image {
   int64_t h, w, channels;
@@ -44,11 +47,11 @@ class Phase {
   int64_t kernel_rows() const { return window_ ? rows_->taps.size() : taps(); }
   int64_t kernel_columns() const { return window_ ? columns_->taps.size() : 1; }
   int64_t step() const { return window_ ? columns_->step : 1; }
-  // Rows of outputs share rows of pixels where neighbouring taps are neighbouring rows.
-  int64_t rows_at_once() const { return window_ && tap_step(*rows_) == 1 ? kRows : 1; }
+  bool window() const { return window_; }
+  // Rows of outputs share rows of pixels where neighbouring taps are neighbouring rows, and leave none out.
+  int64_t rows_at_once() const { return window_ && tap_step(*rows_) == 1 && rows_->step <= kernel_rows() ? kRows : 1; }
 
  private:
-  friend class Pixels;
   const AxisTaps* rows_;
   const AxisTaps* columns_;
   bool window_;
@@ -61,8 +64,8 @@ class Pixels {
       : phase_(phase),
         size_(size),
         zeros_(zeros),
-        columns_(phase.window_ ? (phase.columns().outputs - 1) * phase.step() + phase.kernel_columns()
-                               : phase.columns().outputs) {
+        columns_(phase.window() ? (phase.columns().outputs - 1) * phase.step() + phase.kernel_columns()
+                                : phase.columns().outputs) {
     const int64_t rows = phase.kernel_rows() + (kRows - 1) * phase.rows().step;
     pointers_.resize(rows * columns_);
     rows_.reserve(rows);
@@ -76,7 +79,7 @@ class Pixels {
     if (phase_.rows_at_once() > 1) {
       const int64_t rows = row_taps.size() + (count - 1) * phase_.rows().step;
       for (int64_t i = 0; i < rows; ++i) add(image, first_row + row_taps[0].offset + i, column_taps[0].offset, 1);
-    } else if (phase_.window_) {
+    } else if (phase_.window()) {
       for (const auto& tap : row_taps) add(image, first_row + tap.offset, column_taps[0].offset, 1);
     } else {
       for (const auto& tap : row_taps)
@@ -95,9 +98,9 @@ class Pixels {
     const float** to = pointers_.data() + rows_.size() * columns_;
     const int64_t begin = std::min(columns_, first < 0 ? ceil_divide(-first, step) : 0);
     const int64_t end = std::clamp(first < size_.w ? (size_.w - 1 - first) / step + 1 : 0, begin, columns_);
-    const float* const pixel = image + row * size_.row() + first * size_.channels;
+    const float* const pixels = image + row * size_.row();
     std::fill(to, to + begin, zeros_);
-    for (int64_t i = begin; i < end; ++i) to[i] = pixel + i * step * size_.channels;
+    for (int64_t i = begin; i < end; ++i) to[i] = pixels + (first + i * step) * size_.channels;
     std::fill(to + end, to + columns_, zeros_);
     rows_.push_back(to);
   }
@@ -163,7 +166,7 @@ void run(const float* x, const Image& x_size, int64_t images, const TensorView& 
     to += phase.taps() * width;
   }
   const std::vector<float> zeros = zero_pixel(channels);
-  const bool streaming = worth_streaming(images * y_size.h * y_size.w, channels);
+  const bool streaming = worth_streaming(images * y_size.h * y_size.w, channels, kStreamedFloats);
   const int64_t steps = ceil_divide(row_outputs, rows_at_once);  // of an image
   parallel_ranges(
       images * steps, std::max<int64_t>(65536 * steps / std::max<int64_t>(y_size.size(), 1), 1),
@@ -194,11 +197,7 @@ void run(const float* x, const Image& x_size, int64_t images, const TensorView& 
             t.channels = channels;
             t.low = epilogue.low, t.high = epilogue.high;
             t.streaming = streaming;
-            if (f == 0) {
-              const int64_t next = (j + count) * row.out_step, after = streaming ? next : next + count * row.out_step;
-              t.next[0] = next_source(image, x_size, phase, j, count);
-              t.next[1] = prefetch_rows(y + i / steps * y_size.size(), y_size, next, after, column.outputs);
-            }
+            t.next[0] = f == 0 ? next_source(image, x_size, phase, j, count) : Prefetch{x, 0};
             kernels().conv2d.depthwise_rows(t);
           }
         }

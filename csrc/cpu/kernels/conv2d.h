@@ -126,7 +126,7 @@ struct DepthwiseRows {
   int64_t channels;
   float low, high;
   bool streaming;    // non-temporal stores of full vectors; y, y_row and y_pixel aligned
-  Prefetch next[2];  // of x and y
+  Prefetch next[1];  // of x
 };
 
 // dw[a][b] += sum over (r, j) of dy[r][j] x_rows[a + r * row_step][j * step + b].
