@@ -256,7 +256,7 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
       t.w = acc;
       t.dy = dy + i / steps * y_size.size() + j * y_size.row();
       t.outputs = a.q;
-      t.dy_row = y_size.row(), t.dy_pixel = a.c;
+      t.dy_row = count > 1 ? y_size.row() : 0, t.dy_pixel = a.c;
       t.channels = a.c;
       t.next[0] = next_source(image, x_size, phase, j, count);
       t.next[1] = prefetch_rows(t.dy, y_size, count, 2 * count, a.q);

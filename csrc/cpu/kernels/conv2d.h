@@ -137,7 +137,7 @@ struct DepthwiseWeightRows {
   float* w;  // dw, laid out as w
   const float* dy;
   int64_t outputs;
-  int64_t dy_row, dy_pixel;
+  int64_t dy_row, dy_pixel;  // dy_row = 0 with one row of outputs
   int64_t channels;
   Prefetch next[2];  // of x and dy
 };

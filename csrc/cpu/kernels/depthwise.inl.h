@@ -93,6 +93,11 @@ inline __attribute__((always_inline)) void depthwise_outputs(const DepthwiseRows
 template <int S, int STEP, int P, bool TAIL>
 inline __attribute__((always_inline)) void depthwise_outputs(const DepthwiseWeightRows& t, int64_t j, int64_t c,
                                                              int64_t n, float* dw) {
+  Vec dy[kDepthwiseRows][P];
+#pragma GCC unroll 2
+  for (int r = 0; r < kDepthwiseRows; ++r)
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) dy[r][p] = load_lanes<TAIL>(t.dy + r * t.dy_row + (j + p) * t.dy_pixel + c, n);
   for (int64_t i = 0; i < t.x_row_count; ++i) {
     if (!t.x_rows[i]) continue;
     DepthwiseWindow<S, STEP, P, TAIL> window;
@@ -101,16 +106,12 @@ inline __attribute__((always_inline)) void depthwise_outputs(const DepthwiseWeig
     for (int r = 0; r < kDepthwiseRows; ++r) {
       const int64_t a = i - r * t.row_step;
       if (a < 0 || a >= t.kernel_rows) continue;
-      const float* const dy_at = t.dy + r * t.dy_row + j * t.dy_pixel + c;
-      Vec dy[P];
-#pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) dy[p] = load_lanes<TAIL>(dy_at + p * t.dy_pixel, n);
 #pragma GCC unroll 5
       for (int b = 0; b < S; ++b) {
         float* const to = dw + (a * S + b) * kLanes;
         Vec sum = load(to);
 #pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) sum = fma(dy[p], window(p, b), sum);
+        for (int p = 0; p < P; ++p) sum = fma(dy[r][p], window(p, b), sum);
         store(to, sum);
       }
     }
