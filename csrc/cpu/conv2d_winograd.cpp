@@ -33,6 +33,7 @@ using direct::WeightView;
 
 constexpr int64_t kSkew = 48;
 constexpr int64_t kTaps = 9;
+constexpr int64_t kStreamedFloats = 2 << 20;
 // Weights of so many elements are `small`, forward and in the weight gradient, whose accumulators must fit L2.
 constexpr int64_t kSmallWeights = 128 * 128;
 constexpr int64_t kSmallGradients = 64 * 128;
@@ -310,7 +311,8 @@ void convolve(DirectProblem d) {
   const Panels panels{d.outs, k.tile_k, k.lanes};
   const Tiles tiles(d.images, d.rows.outputs, d.columns.outputs);
   const Axis rows(d.rows), columns(d.columns);
-  d.streaming = worth_streaming(d.images * d.y_h * d.y_w, d.y_pixel) && d.outs % k.lanes == 0;
+  // The next layer reads y at once: it goes around the caches only where it would not stay in them.
+  d.streaming = worth_streaming(d.images * d.y_h * d.y_w, d.y_pixel, kStreamedFloats) && d.outs % k.lanes == 0;
   if (d.source.channels * d.outs <= kSmallWeights)
     run_small(d, tiles, rows, columns, panels);
   else
