@@ -285,6 +285,13 @@ CONV_GROUPS = [
     _C("depthwise_1x1", 2, 18, 5, 6, 18, 1, 1, groups=18),
     _C("depthwise_2x2_s2", 2, 18, 7, 6, 18, 2, 2, stride=2, groups=18),
     _C("depthwise_1xn", 1, 18, 5, 12, 18, 1, 5, padding=(0, 2), groups=18),
+    _C("depthwise_4x4", 1, 18, 7, 16, 18, 4, 4, padding=1, groups=18),
+    _C("depthwise_rows_dilated", 1, 18, 9, 8, 18, 3, 3, padding=(2, 1), dilation=(2, 1), groups=18),
+    _C("depthwise_s1x3", 1, 18, 7, 13, 18, 3, 3, stride=(1, 3), padding=1, groups=18),
+    _C("depthwise_s3x1", 1, 18, 13, 7, 18, 3, 3, stride=(3, 1), padding=1, groups=18),
+    # Outputs that are written around the cache.
+    _C("depthwise_streamed", 1, 64, 65, 64, 64, 3, 3, padding=1, groups=64),
+    _C("depthwise_streamed_s2", 2, 64, 47, 48, 64, 3, 3, stride=2, padding=1, groups=64),
     _C("depthwise_wide", 1, 200, 5, 6, 200, 3, 3, padding=1, groups=200),
     _C("depthwise_image_1x1", 2, 17, 1, 1, 17, 3, 3, padding=1, groups=17),
     _C("multiplier_2", 2, 10, 7, 8, 20, 3, 3, padding=1, groups=10),
