@@ -89,7 +89,7 @@ inline __attribute__((always_inline)) void depthwise_outputs(const DepthwiseRows
   }
 }
 
-// Weight gradient: dw[a][b] += sum over the tile of dy[j] x[a][j + b]; the sums of all vectors stay in L1.
+// Weight gradient: dw[a][b] += sum over the tile of dy[j] x[a][j + b]; the sums stay in cache.
 template <int S, int STEP, int P, bool TAIL>
 inline __attribute__((always_inline)) void depthwise_outputs(const DepthwiseWeightRows& t, int64_t j, int64_t c,
                                                              int64_t n, float* dw) {
