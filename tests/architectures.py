@@ -85,6 +85,13 @@ def _resnet(parameters: int, name: str, **settings: Any) -> Architecture:
 ARCHITECTURES: dict[str, Architecture] = {
     "alexnet": Architecture(61_100_840, _torchvision("alexnet"), image_size=63),
     "alexnet_lrn": Architecture(60_965_224, torch_models.AlexNetLRN, image_size=63),
+    "efficientnet_lite0": Architecture(
+        4_652_008,
+        torch_models.EfficientNetLite0,
+        image_size=64,
+        batch=4,
+        residual_norm="_bn2",
+    ),
     "lenet5": Architecture(61_706, torch_models.LeNet5, in_channels=1, batch=4),
     "smallcnn": Architecture(545_290, torch_models.SmallCNN, batch=4),
     "textbook_stack": Architecture(554_346, torch_models.TextbookStack, batch=4),
