@@ -46,8 +46,8 @@ class Architecture:
         scale is drawn small, as training leaves it: where every branch is as strong as its
         shortcut, rounding errors grow from block to block, and PyTorch's float32 too misses 1e-5.
     narrow: in the comparisons of logits and gradients one dense layer for ten classes replaces the
-        three of VGG with their 120 million weights, in both models. Those of `vgg11` and `vgg16_bn`
-        are compared whole: the code is the same.
+        three of VGG with their 120 million weights, in both models. Those of `vgg11` are compared,
+        and of `alexnet`: the code is the same.
     """
 
     parameters: int
@@ -106,7 +106,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "torchvision; Araujo, Norris and Sim 2019", 224, "15.47", 212, "features.30"
         ),
     ),
-    "vgg16_bn": _vgg(138_365_992, "vgg16_bn", narrow=False),
+    "vgg16_bn": _vgg(138_365_992, "vgg16_bn"),
     "vgg19": _vgg(143_667_240, "vgg19"),
     "vgg19_bn": _vgg(143_678_248, "vgg19_bn"),
     "resnet18": _resnet(11_689_512, "resnet18"),
@@ -200,10 +200,13 @@ def _draw(like: torch.Tensor, start: int) -> torch.Tensor:
 @torch.no_grad()
 def _randomise(model: torch.nn.Module, residual_norm: str | None) -> None:
     for number, (path, module) in enumerate(model.named_modules()):
-        for name, parameter in module.named_parameters(recurse=False):
+        for parameter in module.parameters(recurse=False):
             noise = _draw(parameter, 1009 * number)
             if _is_batch_norm(module):
-                parameter.copy_(1 + 0.5 * noise if name == "weight" else 0.1 * noise)
+                # Shifts to the positive side: without, each batch norm and ReLU would amplify small
+                # differences by 1.2 (Yang et al. 2019, "A mean field theory of batch
+                # normalization"), PyTorch's rounding errors too.
+                parameter.copy_(1 + 0.5 * noise)
             elif parameter.ndim >= 2:  # He et al. 2015: keeps the size of activations
                 parameter.copy_(noise * math.sqrt(6 / parameter[0].numel()))
             else:
