@@ -7,8 +7,7 @@ namespace {
 
 py::array forward(const py::array& x_in, int64_t size, double alpha, double beta, double k) {
   const TensorView x_view = view(x_in, "input");
-  const ResponseNormProblem problem =
-      make_response_norm(x_view.dtype, shape4(x_view, "input"), size, alpha, beta, k);
+  const ResponseNormProblem problem = make_response_norm(x_view.dtype, shape4(x_view, "input"), size, alpha, beta, k);
   const ChannelsLast x(x_in, "input");
   Output y(problem.dtype, problem.shape, x.layout());
   {
@@ -20,8 +19,7 @@ py::array forward(const py::array& x_in, int64_t size, double alpha, double beta
 
 py::array backward(const py::array& dy_in, const py::array& x_in, int64_t size, double alpha, double beta, double k) {
   const TensorView x_view = view(x_in, "input"), dy_view = view(dy_in, "dy");
-  const ResponseNormProblem problem =
-      make_response_norm(x_view.dtype, shape4(x_view, "input"), size, alpha, beta, k);
+  const ResponseNormProblem problem = make_response_norm(x_view.dtype, shape4(x_view, "input"), size, alpha, beta, k);
   check_dtype("dy", dy_view, problem.dtype);
   check_shape4("dy", dy_view, problem.shape);
   const ChannelsLast x(x_in, "input"), dy(dy_in, "dy");

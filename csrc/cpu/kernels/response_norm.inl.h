@@ -53,9 +53,9 @@ void normalise_backward(const ResponseNormRows<T>& a, const T* dy_all, T* dx_all
   zero_margins(a.shares, a.after, a.channels, a.before);  // the windows that have a channel: theirs mirrored
   const T factor = 2 * a.scale * a.beta;
   for (int64_t pixel = 0; pixel < a.pixels; ++pixel) {
-    const T *__restrict x = a.x + pixel * a.channels, *__restrict dy = dy_all + pixel * a.channels;
+    const T* __restrict x = a.x + pixel * a.channels, * __restrict dy = dy_all + pixel * a.channels;
     T* __restrict dx = dx_all + pixel * a.channels;
-    T *__restrict s = a.sums, *__restrict shares = a.shares + a.after;
+    T* __restrict s = a.sums, * __restrict shares = a.shares + a.after;
     denominators(a, x, a.squares + a.before);
     for (int64_t c = 0; c < a.channels; ++c) {
       dx[c] = dy[c] / raise(s[c]);
