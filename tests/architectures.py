@@ -121,6 +121,40 @@ ARCHITECTURES: dict[str, Architecture] = {
     "resnet18_cifar": Architecture(11_173_962, torch_models.resnet18_cifar),
     "resnet8_cifar": Architecture(78_042, lambda: torch_models.ResNet(1), batch=4),
     "resnet20_cifar": Architecture(272_474, lambda: torch_models.ResNet(3), batch=4),
+    "googlenet": Architecture(
+        13_004_888, _torchvision("googlenet", init_weights=False), image_size=64, batch=4
+    ),
+    "inception_v3": Architecture(
+        27_161_264, _torchvision("inception_v3", init_weights=False), image_size=299
+    ),
+    "densenet121": Architecture(7_978_856, _torchvision("densenet121"), image_size=64, batch=4),
+    "densenet161": Architecture(28_681_000, _torchvision("densenet161"), image_size=64, batch=4),
+    "densenet169": Architecture(14_149_480, _torchvision("densenet169"), image_size=64, batch=4),
+    "densenet201": Architecture(20_013_928, _torchvision("densenet201"), image_size=64, batch=4),
+    "efficientnet_b0": Architecture(
+        5_288_548, _torchvision("efficientnet_b0"), image_size=64, batch=4
+    ),
+    "efficientnet_b1": Architecture(
+        7_794_184, _torchvision("efficientnet_b1"), image_size=64, batch=4
+    ),
+    "efficientnet_b2": Architecture(
+        9_109_994, _torchvision("efficientnet_b2"), image_size=64, batch=4
+    ),
+    "efficientnet_b3": Architecture(
+        12_233_232, _torchvision("efficientnet_b3"), image_size=64, batch=4
+    ),
+    "efficientnet_b4": Architecture(
+        19_341_616, _torchvision("efficientnet_b4"), image_size=64, batch=4
+    ),
+    "efficientnet_b5": Architecture(
+        30_389_784, _torchvision("efficientnet_b5"), image_size=64, batch=4
+    ),
+    "efficientnet_b6": Architecture(
+        43_040_704, _torchvision("efficientnet_b6"), image_size=64, batch=4
+    ),
+    "efficientnet_b7": Architecture(
+        66_347_960, _torchvision("efficientnet_b7"), image_size=64, batch=4
+    ),
 }
 
 
@@ -225,13 +259,23 @@ def _is_batch_norm(module: torch.nn.Module) -> bool:
 
 @torch.no_grad()
 def randomise_running_statistics(model: torch.nn.Module, images: torch.Tensor) -> None:
-    """Those of the batch `images`, moved by up to a tenth: other numbers, but of the right size, so
-    that activations neither vanish nor explode with the depth."""
-    norms = [module for module in model.modules() if _is_batch_norm(module)]
-    for module in norms:
-        module.momentum = 1.0
-    model.train()(images)
-    for number, module in enumerate(norms):
-        mean, var = module.running_mean, module.running_var
-        var.clamp_(min=0.1 * float(var.mean())).mul_(1 + 0.1 * _draw(var, 7919 * number))
-        mean.add_(0.1 * var.sqrt() * _draw(mean, 7907 * number))
+    """Those of what each batch norm is given for `images`, moved by up to a quarter, one after the
+    other: other numbers, but activations neither vanish nor explode whatever the depth."""
+    hooks = [
+        module.register_forward_pre_hook(_observer(number))
+        for number, module in enumerate(model.modules())
+        if _is_batch_norm(module)
+    ]
+    model.eval()(images)
+    for hook in hooks:
+        hook.remove()
+
+
+def _observer(number: int) -> Callable[[torch.nn.Module, tuple[torch.Tensor]], None]:
+    def observe(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        var, mean = torch.var_mean(inputs[0], (0, 2, 3))
+        var.clamp_(min=0.1 * float(var.mean()))
+        module.running_mean.copy_(mean + 0.25 * var.sqrt() * _draw(mean, 7907 * number))
+        module.running_var.copy_(var * (1 + 0.25 * _draw(var, 7919 * number)))
+
+    return observe

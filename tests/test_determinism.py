@@ -103,6 +103,16 @@ def other_operations() -> Operations:
         lambda: fc.linear_backward(rows, rows, normal("r", shape=(33, 33))),
     )
     yield "dropout", lambda: fc.dropout(x, 0.5, seed=1)
+    yield "stochastic_depth", lambda: fc.stochastic_depth(x, 0.5, "row", seed=1)
+    yield "cat", lambda: fc.cat([x, dy, x])
+    yield "cat_backward", lambda: fc.cat_backward(x, (3, 32))
+    yield "channel_gate", lambda: fc.channel_gate(x, one)
+    yield "channel_gate_backward", lambda: fc.channel_gate_backward(dy, x, one)
+    large = channels_last(normal("large", shape=(1, 35, 80, 90)))  # several chunks an image
+    yield (
+        "channel_gate_backward large",
+        lambda: fc.channel_gate_backward(large, large, one[:1]),
+    )
     yield "softmax", lambda: fc.softmax(rows)
     yield "log_softmax", lambda: fc.log_softmax(rows, 0)
     yield "cross_entropy", lambda: fc.cross_entropy(rows, target, label_smoothing=0.1)

@@ -78,11 +78,18 @@ CALLS = {
     "cross_entropy": (X[:, :, 0, 0].copy(), np.array([3, 18])),
     "cross_entropy_backward": (np.ones((), "f"), X[:, :, 0, 0].copy(), np.array([3, 18])),
     "add": (X, X),
+    "cat": ([X, X[:, :3]],),
+    "cat_backward": (X, (16, 3)),
+    "channel_gate": (X, normal("gate", shape=(2, 19, 1, 1))),
+    "channel_gate_backward": (X, X, normal("gate", shape=(2, 19, 1, 1))),
 }
 
 
-def converted(arguments: tuple, kind) -> tuple:
-    return tuple(kind(a) if isinstance(a, np.ndarray) else a for a in arguments)
+def converted(arguments: tuple | list, kind) -> tuple | list:
+    return type(arguments)(
+        kind(a) if isinstance(a, np.ndarray) else converted(a, kind) if isinstance(a, list) else a
+        for a in arguments
+    )
 
 
 def parts(result: object) -> list:

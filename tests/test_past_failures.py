@@ -566,6 +566,11 @@ def test_17_no_access_outside_the_arrays_other(side, isa):
             fc.add(x, x)
             fc.silu_backward(x, fc.silu(x))
             fc.dropout(x, seed=1)
+            fc.stochastic_depth(x, 0.0, "row", seed=1)
+            gate = guarded(ones(1, c, 1, 1), side)
+            fc.channel_gate(x, gate)
+            fc.channel_gate_backward(x, x, gate)
+            fc.cat_backward(fc.cat([x, x]), (c, c))
             fc.softmax(x, 1)
         flat, w = guarded(normal(c, shape=(3, c)), side), guarded(normal("w", shape=(7, c)), side)
         fc.linear(flat, w, guarded(ones(7), side))
@@ -630,6 +635,8 @@ def test_18_nan_in_recycled_memory_does_not_leak_other(isa):
                 fc.adaptive_avg_pool2d(x, 4), fc.global_avg_pool2d(x),
                 fc.conv_transpose2d(x, transposed, stride=2), fc.gelu(x), fc.softmax(x, 1),
                 top, *fc.linear_backward(top, flat, w), fc.dropout(x, seed=1),
+                fc.stochastic_depth(x, 0.5, "row", seed=1), fc.cat([x, x]),
+                *fc.channel_gate_backward(x, x, fc.global_avg_pool2d(x)),
                 np.asarray(fc.cross_entropy(top, np.arange(3))),
             ]  # fmt: skip
 
@@ -661,7 +668,9 @@ def test_19_inputs_are_untouched_and_outputs_fresh(isa):
     x = normal("x", shape=(2, 5, 6, 7))
     x.flags.writeable = False
     for y in (fc.relu(x), fc.max_pool2d(x, 1), fc.avg_pool2d(x, 1), fc.dropout(x, 0.0, seed=1),
-              fc.dropout(x, 0.5, False, seed=1), fc.adaptive_avg_pool2d(x, (6, 7))):  # fmt: skip
+              fc.dropout(x, 0.5, False, seed=1), fc.adaptive_avg_pool2d(x, (6, 7)),
+              fc.stochastic_depth(x, 0.0, "row", seed=1), fc.cat([x]),
+              *fc.cat_backward(x, (5,))):  # fmt: skip
         assert not np.shares_memory(x, y)
 
 

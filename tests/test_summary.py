@@ -232,6 +232,15 @@ def test_functions_that_are_no_layers() -> None:
     assert (hidden.receptive_field, hidden.jump, hidden.offset) == (None, None, None)
 
 
+def test_squeeze_and_excitation_leaves_the_window_alone() -> None:
+    layers = nn.Conv2d(1, 4, 3), nn.SqueezeExcitation(4, 2), nn.Conv2d(4, 1, 5)
+    rows = {row.name: row for row in rows_of(*layers, size=(1, 16, 16))}
+    first, last = rows["0"], rows["2"]
+    assert (first.receptive_field, last.receptive_field) == ((3, 3), (7, 7))
+    assert last.jump == (1, 1)
+    assert {"1.avgpool", "1.fc1", "1.fc2"} < set(rows)
+
+
 def test_parameters_are_counted_once() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

@@ -105,6 +105,24 @@ py::array dropout(const py::array& x_in, double p, uint64_t seed, uint64_t offse
   return y;
 }
 
+// Of whole rows (slices of the first dimension), or of all of x at once.
+py::array stochastic_depth(const py::array& x_in, double p, bool rows, uint64_t seed, uint64_t offset) {
+  FC_CHECK(p >= 0 && p <= 1, "drop probability must be between 0 and 1, got ", p);
+  const TensorView v = view(x_in, "input");
+  check_float("input", v.dtype);
+  FC_CHECK(!rows || v.ndim > 0, "rows need an input with at least one dimension, got shape ", shape_string(v));
+  const Strides strides = image_strides(v);
+  py::array y = new_dense(v, strides);
+  void* out = y.mutable_data();
+  const int64_t count = rows ? v.sizes[0] : 1;
+  {
+    py::gil_scoped_release nogil;
+    const Dense x(v, strides);
+    cpu::stochastic_depth(v.dtype, x.data(), out, count, v.numel() / std::max<int64_t>(count, 1), p, seed, offset);
+  }
+  return y;
+}
+
 }  // namespace
 
 void bind_elementwise(py::module_& m) {
@@ -113,6 +131,7 @@ void bind_elementwise(py::module_& m) {
   m.def("elementwise_backward", &backward, "name"_a, "dy"_a, "x"_a, "parameter"_a);
   m.def("add", &add, "a"_a, "b"_a);
   m.def("dropout", &dropout, "x"_a, "p"_a, "seed"_a, "offset"_a);
+  m.def("stochastic_depth", &stochastic_depth, "x"_a, "p"_a, "rows"_a, "seed"_a, "offset"_a);
 }
 
 }  // namespace fastconv::bindings

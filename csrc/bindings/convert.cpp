@@ -90,11 +90,15 @@ py::array new_array(DType dtype, const std::vector<int64_t>& shape, Layout layou
   }
   void* data = allocate(bytes);
   py::capsule owner(data, [](void* p) { release(p); });
-  const char* type = dtype == DType::kFloat32   ? "f4"
+  return py::array(numpy_dtype(dtype), sizes, strides, data, owner);
+}
+
+py::dtype numpy_dtype(DType dtype) {
+  const char* name = dtype == DType::kFloat32   ? "f4"
                      : dtype == DType::kFloat64 ? "f8"
                      : dtype == DType::kInt64   ? "i8"
                                                 : "u1";
-  return py::array(py::dtype(type), sizes, strides, data, owner);
+  return py::dtype(name);
 }
 
 Shape shape4(const TensorView& v, const char* name) {

@@ -21,6 +21,8 @@ TensorView view(const py::array& array, const char* name);
 // The layout that a result computed from this 4-D array should have: dense NCHW arrays are answered in NCHW.
 Layout layout_of(const TensorView& v);
 
+py::dtype numpy_dtype(DType dtype);
+
 // A dense array of the given layout in memory from the caching allocator.
 py::array new_array(DType dtype, const std::vector<int64_t>& shape, Layout layout = Layout::kNCHW);
 

@@ -8,6 +8,7 @@ void bind_conv2d(pybind11::module_& m);
 void bind_pool2d(pybind11::module_& m);
 void bind_batch_norm(pybind11::module_& m);
 void bind_response_norm(pybind11::module_& m);
+void bind_channels(pybind11::module_& m);
 void bind_elementwise(pybind11::module_& m);
 void bind_linear(pybind11::module_& m);
 void bind_loss(pybind11::module_& m);
@@ -28,6 +29,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   fastconv::bindings::bind_pool2d(m);
   fastconv::bindings::bind_batch_norm(m);
   fastconv::bindings::bind_response_norm(m);
+  fastconv::bindings::bind_channels(m);
   fastconv::bindings::bind_elementwise(m);
   fastconv::bindings::bind_linear(m);
   fastconv::bindings::bind_loss(m);

@@ -52,11 +52,13 @@ Strides row_major_strides(const TensorView& v) {
   return strides_in_order(v, order);
 }
 
-Strides dense_strides(const TensorView& v) {
-  if (v.numel() > 0 && is_dense(v)) return v.strides;
+Strides dense_strides(const TensorView& v) { return v.numel() > 0 && is_dense(v) ? v.strides : image_strides(v); }
+
+Strides image_strides(const TensorView& v) { return strides_of(v, v.ndim == 4 ? layout_of(v) : Layout::kNCHW); }
+
+Strides strides_of(const TensorView& v, Layout layout) {
   static constexpr int kChannelsLast[4] = {0, 2, 3, 1};
-  if (v.ndim == 4 && layout_of(v) == Layout::kChannelsLast) return strides_in_order(v, kChannelsLast);
-  return row_major_strides(v);
+  return layout == Layout::kChannelsLast ? strides_in_order(v, kChannelsLast) : row_major_strides(v);
 }
 
 void copy_view(const TensorView& src, const TensorView& dst) {
@@ -117,8 +119,7 @@ py::array new_dense(const TensorView& like, const Strides& strides) {
   for (int i = 0; i < like.ndim; ++i) bytes[i] = strides[i] * item;
   void* data = allocate(std::max<int64_t>(like.numel(), 1) * item);
   py::capsule owner(data, [](void* p) { release(p); });
-  const char* type = like.dtype == DType::kFloat64 ? "f8" : like.dtype == DType::kFloat32 ? "f4" : "i8";
-  return py::array(py::dtype(type), sizes, bytes, data, owner);
+  return py::array(numpy_dtype(like.dtype), sizes, bytes, data, owner);
 }
 
 }  // namespace fastconv::bindings

@@ -25,6 +25,9 @@ bool is_dense(const TensorView& v);
 // Those of the array where it is dense; otherwise a dense order that resembles it.
 Strides dense_strides(const TensorView& v);
 Strides row_major_strides(const TensorView& v);
+// Channels-last for images laid out so, otherwise row-major: the first dimension is the outermost.
+Strides image_strides(const TensorView& v);
+Strides strides_of(const TensorView& v, Layout layout);
 
 // An array whose elements lie in memory as the given dense strides say: itself, or a copy.
 class Dense {

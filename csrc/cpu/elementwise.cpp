@@ -1,7 +1,9 @@
 #include "cpu/elementwise.h"
 
+#include <algorithm>
 #include <cstring>
 
+#include "core/allocator.h"
 #include "cpu/parallel.h"
 #include "cpu/registry.h"
 
@@ -102,6 +104,31 @@ void dropout(DType dtype, const void* x, void* y, int64_t n, double p, uint64_t 
     parallel_elements(n, [&](int64_t i, int64_t count) {
       kernel(from + i, to + i, count, seed, offset + static_cast<uint64_t>(i), static_cast<uint32_t>(threshold),
              static_cast<T>(1 / (1 - p)));
+    });
+  });
+}
+
+void stochastic_depth(DType dtype, const void* x, void* y, int64_t rows, int64_t size, double p, uint64_t seed,
+                      uint64_t offset) {
+  if (rows * size == 0) return;
+  dispatch_float(dtype, [&](auto t) {
+    using T = decltype(t);
+    const auto kernel = kernels().elementwise.of<T>().scale;
+    Buffer buffer(rows * sizeof(T));
+    T* factors = buffer.as<T>();
+    std::fill(factors, factors + rows, T{1});
+    dropout(dtype, factors, factors, rows, p, seed, offset);
+    const int64_t parts = (size + kUnit - 1) / kUnit;  // of a row
+    parallel_ranges(rows * parts, kUnitsPerChunk, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t row = i / parts, first = i % parts * kUnit, count = std::min(kUnit, size - first);
+        const int64_t at = row * size + first;
+        T* to = static_cast<T*>(y) + at;
+        if (factors[row] == T{0})
+          std::memset(to, 0, count * sizeof(T));
+        else
+          kernel(static_cast<const T*>(x) + at, to, count, factors[row]);
+      }
     });
   });
 }

@@ -18,7 +18,10 @@ void apply_activation_backward(Activation, DType, const void* dy, const void* x,
 void add_channel_bias(DType, void* y, int64_t rows, int64_t channels, const void* bias);
 
 // y = x / (1 - p) where element i is kept, else 0; element i is dropped with probability p by word offset + i of the
-// random sequence `seed`. The backward is the same function of dy. 0 <= p <= 1.
+// random sequence `seed`. y may be x. The backward is the same function of dy. 0 <= p <= 1.
 void dropout(DType, const void* x, void* y, int64_t n, double p, uint64_t seed, uint64_t offset);
+// The same for rows of `size` elements: row i is kept or dropped whole, by word offset + i.
+void stochastic_depth(DType, const void* x, void* y, int64_t rows, int64_t size, double p, uint64_t seed,
+                      uint64_t offset);
 
 }  // namespace fastconv::cpu

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 import numpy as np
 
 from fastconv import init, ops
+from fastconv.ops.dropout import check_mode, check_probability
 from fastconv.tensor import Array, Needs, Tensor, apply, as_tensor, records, to_numpy
 
 if TYPE_CHECKING:
@@ -364,8 +365,7 @@ def dropout(x: Input, p: float = 0.5, training: bool = True, inplace: bool = Fal
     The mask is a function of the library's (seed, offset), see `fastconv.manual_seed`; the backward
     draws it again. `inplace` is accepted for PyTorch's sake: a new array is returned either way.
     """
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout probability must be in [0, 1], got {p}")
+    check_probability("dropout", p)
     tensor = as_tensor(x)
     if not training or p == 0.0:
         return tensor
@@ -375,6 +375,26 @@ def dropout(x: Input, p: float = 0.5, training: bool = True, inplace: bool = Fal
         return (ops.dropout_backward(dy, p, seed=seed, offset=offset),)
 
     y = ops.dropout(tensor.data, p, True, seed=seed, offset=offset)
+    return apply(y, (tensor,), backward)
+
+
+def stochastic_depth(input: Input, p: float, mode: str, training: bool = True) -> Tensor:
+    """In training, sets each input[i] to 0 with probability p and scales the others by 1 / (1 - p).
+
+    mode: "row", or "batch": one draw for all of the input. Random numbers as in `dropout`: one
+    position of the generator a row, or one in all.
+    """
+    check_probability("drop", p)
+    check_mode(mode)
+    tensor = as_tensor(input)
+    if not training or p == 0.0:
+        return tensor
+    seed, offset = init.default_generator.reserve(tensor.shape[0] if mode == "row" else 1)
+
+    def backward(dy: Array, _: Needs) -> Sequence[Array | None]:
+        return (ops.stochastic_depth_backward(dy, p, mode, seed=seed, offset=offset),)
+
+    y = ops.stochastic_depth(tensor.data, p, mode, True, seed=seed, offset=offset)
     return apply(y, (tensor,), backward)
 
 
@@ -407,15 +427,21 @@ def cross_entropy(
 
 def cat(tensors: Sequence[Input], dim: int = 1) -> Tensor:
     """Concatenates along `dim` (the channels by default)."""
-    if not tensors:
-        raise ValueError("cat needs at least one tensor")
     inputs = [as_tensor(t) for t in tensors]
-    ends = np.cumsum([t.shape[dim] for t in inputs])[:-1]
-    return apply(
-        np.concatenate([t.data for t in inputs], axis=dim),
-        inputs,
-        lambda dy, _: np.split(dy, ends, axis=dim),
-    )
+    y = ops.cat([t.data for t in inputs], dim)
+    sizes = [t.shape[dim] for t in inputs]
+    return apply(y, inputs, lambda dy, _: ops.cat_backward(dy, sizes, dim))
+
+
+def channel_gate(x: Input, gate: Input) -> Tensor:
+    """x[N,C,H,W] * gate[N,C,1,1]: one factor a channel of each image."""
+    inputs = (as_tensor(x), as_tensor(gate))
+    xd, gd = (t.data for t in inputs)
+
+    def backward(dy: Array, needs: Needs) -> Sequence[Array | None]:
+        return ops.channel_gate_backward(dy, xd, gd, needs=needs)
+
+    return apply(ops.channel_gate(xd, gd), inputs, backward)
 
 
 def flatten(x: Input, start_dim: int = 0, end_dim: int = -1) -> Tensor:

@@ -135,6 +135,12 @@ def kaiming_uniform(shape: tuple[int, ...], a: float = 0.0) -> Array:
     return uniform(shape, math.sqrt(6.0 / ((1.0 + a * a) * fan_in)) if fan_in else 0.0)
 
 
+def kaiming_normal_fan_in(shape: tuple[int, ...]) -> Array:
+    """Normal with variance 2 / fan_in: He et al. 2015, section 2.2, forward case."""
+    fan_in, _ = fan_in_and_out(shape)
+    return normal(shape, math.sqrt(2.0 / fan_in))
+
+
 def kaiming_normal_fan_out(shape: tuple[int, ...]) -> Array:
     """Normal with variance 2 / fan_out: He et al. 2015, section 2.2, backward case."""
     _, fan_out = fan_in_and_out(shape)

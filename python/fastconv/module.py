@@ -87,6 +87,10 @@ class Module:
             self._buffer_names = (*self._buffer_names, name)
         setattr(self, name, value)
 
+    def add_module(self, name: str, module: Module | None) -> None:
+        """Assigns a child, for names that are computed."""
+        setattr(self, name, module)
+
     # What the module holds.
 
     def named_children(self) -> Iterator[tuple[str, Module]]:

@@ -9,7 +9,7 @@ take an `activation` (a name from `functional.ACTIVATIONS`), which they apply in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from fastconv import init
 from fastconv.functional import Padding, Pair
 from fastconv.init import get_rng_state, manual_seed, set_rng_state
 from fastconv.module import Module, Parameter
+from fastconv.ops.dropout import check_mode, check_probability
 from fastconv.tensor import Array, Tensor, to_numpy
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ __all__ = [
     "SiLU",
     "Sigmoid",
     "Softmax",
+    "SqueezeExcitation",
+    "StochasticDepth",
     "SyncBatchNorm",
     "Tanh",
     "get_rng_state",
@@ -473,8 +476,7 @@ class Dropout(Module):
     """In training, sets elements to 0 with probability p and scales the others by 1/(1-p)."""
 
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
-        if not 0.0 <= p <= 1.0:
-            raise ValueError(f"dropout probability must be in [0, 1], got {p}")
+        check_probability("dropout", p)
         self.p = p
 
     def forward(self, x: Any) -> Tensor:
@@ -482,6 +484,26 @@ class Dropout(Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+class StochasticDepth(Module):
+    """In training, sets each input[i] to 0 with probability p and scales the others by 1 / (1 - p).
+
+    As torchvision.ops.StochasticDepth (Huang et al. 2016, "Deep networks with stochastic depth").
+    mode: "row", or "batch": one draw for the whole input.
+    """
+
+    def __init__(self, p: float, mode: str) -> None:
+        check_probability("drop", p)
+        check_mode(mode)
+        self.p = p
+        self.mode = mode
+
+    def forward(self, input: Any) -> Tensor:
+        return F.stochastic_depth(input, self.p, self.mode, self.training)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, mode={self.mode}"
 
 
 class Flatten(Module):
@@ -603,6 +625,33 @@ class GELU(Module):
 
     def extra_repr(self) -> str:
         return f"approximate={self.approximate!r}"
+
+
+class SqueezeExcitation(Module):
+    """x[N,C,H,W] with each channel scaled by a gate computed from the means of all channels.
+
+    As torchvision.ops.SqueezeExcitation (Hu, Shen, Sun 2018, "Squeeze-and-excitation networks",
+    section 3): scale_activation(fc2(activation(fc1(mean)))), fc1 and fc2 1x1 convolutions.
+    activation, scale_activation: what makes the two modules, a class for example.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        squeeze_channels: int,
+        activation: Callable[[], Module] = ReLU,
+        scale_activation: Callable[[], Module] = Sigmoid,
+    ) -> None:
+        self.avgpool = AdaptiveAvgPool2d(1)
+        self.fc1 = Conv2d(input_channels, squeeze_channels, 1)
+        self.fc2 = Conv2d(squeeze_channels, input_channels, 1)
+        self.activation = activation()
+        self.scale_activation = scale_activation()
+
+    def forward(self, x: Any) -> Tensor:
+        x = F.as_tensor(x)
+        squeezed = self.activation(self.fc1(self.avgpool(x)))
+        return F.channel_gate(x, self.scale_activation(self.fc2(squeezed)))
 
 
 class Softmax(Module):

@@ -26,6 +26,7 @@ template <class T> struct ElementwiseKernels {
   // dx[i] = dy[i] f'(x[i])
   void (*backward[kElementwiseFunctions])(const T* dy, const T* x, T* dx, int64_t n, T parameter);
   void (*add)(const T* a, const T* b, T* y, int64_t n);
+  void (*scale)(const T* x, T* y, int64_t n, T factor);  // y[i] = factor x[i]
   // y[row][i] += bias[i]
   void (*add_bias)(T* y, int64_t rows, int64_t channels, const T* bias);
   // y[i] = x[i] * scale where random word (offset + i) >= threshold, else 0

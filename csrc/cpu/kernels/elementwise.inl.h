@@ -1,4 +1,4 @@
-// Activations, sums and dropout. Bound: memory, except dropout (ten rounds of Philox for four elements).
+// Activations, sums, multiples and dropout. Bound: memory, except dropout (ten rounds of Philox for four elements).
 // Definitions and the gradients at the kinks are PyTorch's (ATen/native/cpu/Activation.cpp).
 #pragma once
 
@@ -142,6 +142,13 @@ template <class T> void add_arrays(const T* a, const T* b, T* y, int64_t n) {
   });
 }
 
+template <class T> void scale_array(const T* x, T* y, int64_t n, T factor) {
+  const auto a = set1(factor);
+  for_lanes<T>(n, [&](auto tail, int64_t i, int64_t lanes) {
+    store_lanes<tail.value>(y + i, load_lanes<tail.value>(x + i, lanes) * a, lanes);
+  });
+}
+
 template <class T> void add_bias(T* y, int64_t rows, int64_t channels, const T* bias) {
   for (int64_t row = 0; row < rows; ++row) add_arrays(y + row * channels, bias, y + row * channels, channels);
 }
@@ -223,6 +230,7 @@ template <class T> constexpr ElementwiseKernels<T> elementwise_kernels() {
        elementwise_backward<SiLU, T>, elementwise_backward<GELU, T>, elementwise_backward<GELUTanh, T>,
        elementwise_backward<Hardsigmoid, T>, elementwise_backward<Hardswish, T>},
       add_arrays<T>,
+      scale_array<T>,
       add_bias<T>,
       dropout<T>,
   };

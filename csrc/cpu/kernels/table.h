@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/kernels/batch_norm.h"
+#include "cpu/kernels/channels.h"
 #include "cpu/kernels/conv2d.h"
 #include "cpu/kernels/elementwise.h"
 #include "cpu/kernels/loss.h"
@@ -34,6 +35,7 @@ struct KernelTable {
   Typed<Pool2dKernels> pool2d;
   Typed<BatchNormKernels> batch_norm;
   Typed<ResponseNormKernels> response_norm;
+  Typed<ChannelKernels> channels;
   Typed<ElementwiseKernels> elementwise;
   Typed<LossKernels> loss;
   Typed<OptimizerKernels> optimizer;

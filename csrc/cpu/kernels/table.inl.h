@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/kernels/batch_norm.inl.h"
+#include "cpu/kernels/channels.inl.h"
 #include "cpu/kernels/conv2d.inl.h"
 #include "cpu/kernels/depthwise.inl.h"
 #include "cpu/kernels/elementwise.inl.h"
@@ -46,6 +47,7 @@ constexpr KernelTable kernel_table() {
       {pool2d_kernels<float>(), pool2d_kernels<double>()},
       {batch_norm_kernels<float>(), batch_norm_kernels<double>()},
       {response_norm_kernels<float>(), response_norm_kernels<double>()},
+      {channel_kernels<float>(), channel_kernels<double>()},
       {elementwise_kernels<float>(), elementwise_kernels<double>()},
       {loss_kernels<float>(), loss_kernels<double>()},
       {optimizer_kernels<float>(), optimizer_kernels<double>()},

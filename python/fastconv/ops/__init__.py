@@ -23,6 +23,7 @@ from .activation import (
     tanh,
     tanh_backward,
 )
+from .channels import cat, cat_backward, channel_gate, channel_gate_backward
 from .conv import (
     conv2d,
     conv2d_backward,
@@ -31,7 +32,7 @@ from .conv import (
     conv_transpose2d_backward,
     explain,
 )
-from .dropout import dropout, dropout_backward
+from .dropout import dropout, dropout_backward, stochastic_depth, stochastic_depth_backward
 from .linear import linear, linear_backward
 from .loss import (
     cross_entropy,
@@ -75,6 +76,10 @@ __all__ = [
     "batch_norm_backward_sums",
     "batch_norm_moments",
     "batch_norm_train",
+    "cat",
+    "cat_backward",
+    "channel_gate",
+    "channel_gate_backward",
     "conv2d",
     "conv2d_backward",
     "conv2d_output_shape",
@@ -118,6 +123,8 @@ __all__ = [
     "silu_backward",
     "softmax",
     "softmax_backward",
+    "stochastic_depth",
+    "stochastic_depth_backward",
     "tanh",
     "tanh_backward",
 ]

@@ -1,4 +1,5 @@
-"""Dropout (Srivastava et al., JMLR 15, 2014) with a mask that is computed, not stored.
+"""Dropout of elements (Srivastava et al., JMLR 15, 2014) and of whole rows (stochastic depth: Huang
+et al., arXiv 1603.09382), with a mask that is computed, not stored.
 
 Element i, counted in logical row-major order whatever the layout, is dropped if word offset + i of
 the sequence `seed` falls below p. The words come from the counter-based generator Philox4x32-10
@@ -25,6 +26,20 @@ def _word(value: Any, name: str) -> int:
     return number
 
 
+def check_probability(name: str, p: Any) -> float:
+    """p as a float; ValueError unless it is in [0, 1]."""
+    probability = float(p)
+    if not 0.0 <= probability <= 1.0:
+        raise ValueError(f"{name} probability must be in [0, 1], got {p}")
+    return probability
+
+
+def check_mode(mode: str) -> None:
+    """ValueError unless `mode` is one of stochastic_depth."""
+    if mode not in ("row", "batch"):
+        raise ValueError(f"mode must be 'row' or 'batch', got {mode!r}")
+
+
 def dropout(
     x: Array, p: float = 0.5, training: bool = True, *, seed: int, offset: int = 0
 ) -> Array:
@@ -35,9 +50,7 @@ def dropout(
 
     Raises ValueError unless 0 <= p <= 1, and unless seed and offset are in [0, 2**64).
     """
-    probability = float(p)
-    if not 0.0 <= probability <= 1.0:
-        raise ValueError(f"dropout probability must be between 0 and 1, got {p}")
+    probability = check_probability("dropout", p)
     y = _C.dropout(
         to_numpy(x, "input"),
         probability if training else 0.0,
@@ -50,3 +63,33 @@ def dropout(
 def dropout_backward(dy: Array, p: float, *, seed: int, offset: int = 0) -> Array:
     """dx of :func:`dropout` in training, from the same p, seed and offset; laid out like dy."""
     return dropout(dy, p, seed=seed, offset=offset)
+
+
+def stochastic_depth(
+    x: Array, p: float, mode: str, training: bool = True, *, seed: int, offset: int = 0
+) -> Array:
+    """As torchvision.ops.stochastic_depth: with probability p a row is 0, else x / (1 - p).
+
+    mode: "row" draws for each x[i], by word offset + i; "batch" once for all of x, by word offset.
+    Unless training, a copy of x. x: any shape, float32 or float64.
+
+    Raises ValueError unless 0 <= p <= 1, for another mode, and unless seed and offset are in
+    [0, 2**64).
+    """
+    check_mode(mode)
+    probability = check_probability("drop", p)
+    y = _C.stochastic_depth(
+        to_numpy(x, "input"),
+        probability if training else 0.0,
+        mode == "row",
+        _word(seed, "seed"),
+        _word(offset, "offset"),
+    )
+    return like(y, x)
+
+
+def stochastic_depth_backward(
+    dy: Array, p: float, mode: str, *, seed: int, offset: int = 0
+) -> Array:
+    """dx of :func:`stochastic_depth` in training, from the same settings; laid out like dy."""
+    return stochastic_depth(dy, p, mode, seed=seed, offset=offset)

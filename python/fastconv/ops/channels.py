@@ -1,0 +1,60 @@
+"""Operations on whole channels: joining arrays, splitting their gradient, gating.
+
+Any strides; channels-last memory is the native layout and is answered in channels-last, dense NCHW
+in NCHW. All raise ValueError for shapes that do not fit (the message has them) and TypeError for
+wrong dtypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .. import _C
+from ._arrays import Array, integer, like, to_numpy
+
+
+def cat(arrays: Sequence[Array], dim: int = 1) -> Array:
+    """The arrays one after another along `dim` (the channels by default), as torch.cat.
+
+    arrays: one or more of the same dtype (float32, float64, int64 or uint8) and, but for `dim`, the
+    same shape, of any rank. The result has the layout of the largest, and the kind of the first.
+    """
+    if not arrays:
+        raise ValueError("cat needs at least one array, got none")
+    joined = _C.cat([to_numpy(a, "input") for a in arrays], integer(dim, "dim"))
+    return like(joined, arrays[0])
+
+
+def cat_backward(dy: Array, sizes: Sequence[int], dim: int = 1) -> tuple[Array, ...]:
+    """dy split along `dim` into new arrays of these sizes, the inverse of :func:`cat`.
+
+    Raises ValueError unless the sizes add up to the size of dy.
+    """
+    numbers = [integer(size, "sizes") for size in sizes]
+    parts = _C.cat_backward(to_numpy(dy, "dy"), numbers, integer(dim, "dim"))
+    return tuple(like(part, dy) for part in parts)
+
+
+def channel_gate(x: Array, gate: Array) -> Array:
+    """x * gate: x (N, C, H, W), gate (N, C, 1, 1), float32 or float64; laid out like x.
+
+    The scaling step of squeeze and excitation (Hu et al., arXiv 1709.01507, equation 4).
+    """
+    return like(_C.channel_gate(to_numpy(x, "input"), to_numpy(gate, "gate")), x)
+
+
+def channel_gate_backward(
+    dy: Array, x: Array, gate: Array, *, needs: Any = (True, True)
+) -> tuple[Array | None, Array | None]:
+    """(dx, dgate) of :func:`channel_gate` in one pass; None where `needs` says so.
+
+    dgate is the sum of dy * x over each channel's plane.
+    """
+    flags = [bool(flag) for flag in needs]
+    if len(flags) != 2:
+        raise ValueError(f"needs must have 2 flags, got {needs!r}")
+    dx, dgate = _C.channel_gate_backward(
+        to_numpy(dy, "dy"), to_numpy(x, "input"), to_numpy(gate, "gate"), flags
+    )
+    return None if dx is None else like(dx, dy), None if dgate is None else like(dgate, dy)
