@@ -57,7 +57,7 @@ class Architecture:
     batch: int = 2
     arguments: Mapping[str, Any] = field(default_factory=dict)
     narrow: bool = False
-    residual_norm: str | None = None
+    residual_norm: str | tuple[str, ...] | None = None
     published: Published | None = None
 
     @property
@@ -232,7 +232,7 @@ def _draw(like: torch.Tensor, start: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _randomise(model: torch.nn.Module, residual_norm: str | None) -> None:
+def _randomise(model: torch.nn.Module, residual_norm: str | tuple[str, ...] | None) -> None:
     for number, (path, module) in enumerate(model.named_modules()):
         for parameter in module.parameters(recurse=False):
             noise = _draw(parameter, 1009 * number)
@@ -259,23 +259,13 @@ def _is_batch_norm(module: torch.nn.Module) -> bool:
 
 @torch.no_grad()
 def randomise_running_statistics(model: torch.nn.Module, images: torch.Tensor) -> None:
-    """Those of what each batch norm is given for `images`, moved by up to a quarter, one after the
-    other: other numbers, but activations neither vanish nor explode whatever the depth."""
-    hooks = [
-        module.register_forward_pre_hook(_observer(number))
-        for number, module in enumerate(model.modules())
-        if _is_batch_norm(module)
-    ]
-    model.eval()(images)
-    for hook in hooks:
-        hook.remove()
-
-
-def _observer(number: int) -> Callable[[torch.nn.Module, tuple[torch.Tensor]], None]:
-    def observe(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        var, mean = torch.var_mean(inputs[0], (0, 2, 3))
-        var.clamp_(min=0.1 * float(var.mean()))
-        module.running_mean.copy_(mean + 0.25 * var.sqrt() * _draw(mean, 7907 * number))
-        module.running_var.copy_(var * (1 + 0.25 * _draw(var, 7919 * number)))
-
-    return observe
+    """Those of the batch `images`, moved by up to a tenth: other numbers, but of the right size, so
+    that activations neither vanish nor explode with the depth."""
+    norms = [module for module in model.modules() if _is_batch_norm(module)]
+    for module in norms:
+        module.momentum = 1.0
+    model.train()(images)
+    for number, module in enumerate(norms):
+        mean, var = module.running_mean, module.running_var
+        var.clamp_(min=0.1 * float(var.mean())).mul_(1 + 0.1 * _draw(var, 7919 * number))
+        mean.add_(0.1 * var.sqrt() * _draw(mean, 7907 * number))
