@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastconv import init
+from fastconv.models._image_size import check_image_size
 from fastconv.nn import (
     AdaptiveAvgPool2d,
     BatchNorm2d,
@@ -21,6 +22,7 @@ from fastconv.nn import (
     Linear,
     Module,
     ModuleList,
+    StochasticDepth,
     channels_last,
 )
 from fastconv.tensor import Tensor
@@ -58,7 +60,13 @@ class LiteBlock(Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int, expansion: int
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int,
+        expansion: int,
+        stochastic_depth_prob: float = 0.0,
     ) -> None:
         channels = in_channels * expansion
         if expansion != 1:
@@ -70,11 +78,16 @@ class LiteBlock(Module):
         self._bn2 = _batch_norm(out_channels)
         self.expands = expansion != 1
         self.adds_input = stride == 1 and in_channels == out_channels
+        self.stochastic_depth = StochasticDepth(stochastic_depth_prob, "row")
 
     def forward(self, x: Any) -> Tensor:
         y = self._bn0(self._expand_conv(x), activation="relu6") if self.expands else x
         y = self._bn1(self._depthwise_conv(y), activation="relu6")
-        result: Tensor = self._bn2(self._project_conv(y), residual=x if self.adds_input else None)
+        y = self._project_conv(y)
+        if self.training and self.adds_input and self.stochastic_depth.p:
+            dropped: Tensor = self.stochastic_depth(self._bn2(y)) + x
+            return dropped
+        result: Tensor = self._bn2(y, residual=x if self.adds_input else None)
         return result
 
 
@@ -83,27 +96,30 @@ class EfficientNetLite(Module):
 
     4,652,008 parameters with 1000 classes. Any image size; 224 is that of the published weights.
     dropout: before the dense layer.
+    stochastic_depth_prob: with which the last block's residual branch is dropped in training; it
+        grows linearly from 0 at the first.
     """
 
     def __init__(
         self,
         num_classes: int = 1000,
         dropout: float = 0.2,
+        stochastic_depth_prob: float = 0.2,
         *,
         in_channels: int = 3,
         image_size: int = 224,
     ) -> None:
-        if image_size < 1:
-            raise ValueError(f"image_size must be positive, got {image_size}")
-        channels = 32
+        check_image_size("EfficientNetLite", image_size, 1)
+        channels, total = 32, sum(stage[0] for stage in _STAGES)
         self._conv_stem = _conv(in_channels, channels, 3, stride=2)
         self._bn0 = _batch_norm(channels)
         self._blocks = ModuleList()
         for blocks, kernel_size, first_stride, expansion, out_channels in _STAGES:
             for i in range(blocks):
                 stride = first_stride if i == 0 else 1
+                drop = stochastic_depth_prob * len(self._blocks) / total
                 self._blocks.append(
-                    LiteBlock(channels, out_channels, kernel_size, stride, expansion)
+                    LiteBlock(channels, out_channels, kernel_size, stride, expansion, drop)
                 )
                 channels = out_channels
         self._conv_head = _conv(channels, 1280, 1)
@@ -128,5 +144,5 @@ class EfficientNetLite(Module):
 
 
 def efficientnet_lite0(**settings: Any) -> EfficientNetLite:
-    """Settings: num_classes, dropout, in_channels, image_size."""
+    """Settings: num_classes, dropout, stochastic_depth_prob, in_channels, image_size."""
     return EfficientNetLite(**settings)
