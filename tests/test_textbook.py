@@ -287,7 +287,8 @@ def test_residual_block_starts_as_the_identity() -> None:
 
 def test_residual_block_halves_the_image_and_doubles_the_channels() -> None:
     """Then the shortcut has a 1x1 convolution, 4 * 8 weights, and a batch norm, 2 * 8 numbers."""
-    block = models.BasicBlock(4, 8, stride=2)
+    shortcut = nn.Sequential(nn.Conv2d(4, 8, 1, stride=2, bias=False), nn.BatchNorm2d(8))
+    block = models.BasicBlock(4, 8, stride=2, downsample=shortcut)
     assert block(np.zeros((2, 4, 6, 6), np.float32)).shape == (2, 8, 3, 3)
     branch = 4 * 9 * 8 + 2 * 8 + 8 * 9 * 8 + 2 * 8
     assert parameters(block) == branch + 4 * 8 + 2 * 8 == 944

@@ -16,11 +16,10 @@ from fastconv import checkpoint, cli, models, recipe, train
 from fastconv.train import TrainConfig
 from fastconv.weights import expected_statistics, read_weights
 
-from . import test_train, torch_models
+from . import torch_models
 from .test_train import StopAt, assert_same_run, config_of
 
 pytest.importorskip("safetensors")
-digits = test_train.digits  # the fixture
 
 
 @pytest.fixture

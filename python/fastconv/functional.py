@@ -389,7 +389,9 @@ def stochastic_depth(input: Input, p: float, mode: str, training: bool = True) -
     tensor = as_tensor(input)
     if not training or p == 0.0:
         return tensor
-    seed, offset = init.default_generator.reserve(tensor.shape[0] if mode == "row" else 1)
+    generator = init.default_generator
+    rows = mode == "row"
+    seed, offset = generator.reserve_rows(tensor.shape[:1]) if rows else generator.reserve(1)
 
     def backward(dy: Array, _: Needs) -> Sequence[Array | None]:
         return (ops.stochastic_depth_backward(dy, p, mode, seed=seed, offset=offset),)
