@@ -82,6 +82,21 @@ def _resnet(parameters: int, name: str, **settings: Any) -> Architecture:
     )
 
 
+def _densenet(parameters: int, name: str, giga_multiply_adds: str) -> Architecture:
+    figures = Published("torchvision", 224, giga_multiply_adds)
+    return Architecture(parameters, _torchvision(name), batch=4, published=figures)
+
+
+def _efficientnet(parameters: int, name: str, published: Published | None = None) -> Architecture:
+    return Architecture(
+        parameters,
+        _torchvision(name),
+        batch=4,
+        residual_norm=("block.2.1", "block.3.1"),
+        published=published,
+    )
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "alexnet": Architecture(61_100_840, _torchvision("alexnet"), image_size=63),
     "alexnet_lrn": Architecture(60_965_224, torch_models.AlexNetLRN, image_size=63),
@@ -122,39 +137,44 @@ ARCHITECTURES: dict[str, Architecture] = {
     "resnet8_cifar": Architecture(78_042, lambda: torch_models.ResNet(1), batch=4),
     "resnet20_cifar": Architecture(272_474, lambda: torch_models.ResNet(3), batch=4),
     "googlenet": Architecture(
-        13_004_888, _torchvision("googlenet", init_weights=False), image_size=64, batch=4
+        13_004_888,
+        _torchvision("googlenet", init_weights=False),
+        batch=4,
+        published=Published("torchvision", 224, "1.498"),
     ),
+    # In training the auxiliary head needs 299x299: see test_inception.py.
     "inception_v3": Architecture(
-        27_161_264, _torchvision("inception_v3", init_weights=False), image_size=299
+        23_834_568,
+        _torchvision("inception_v3", aux_logits=False, init_weights=False),
+        image_size=75,
+        arguments={"aux_logits": False},
+        published=Published("torchvision", 299, "5.713"),
     ),
-    "densenet121": Architecture(7_978_856, _torchvision("densenet121"), image_size=64, batch=4),
-    "densenet161": Architecture(28_681_000, _torchvision("densenet161"), image_size=64, batch=4),
-    "densenet169": Architecture(14_149_480, _torchvision("densenet169"), image_size=64, batch=4),
-    "densenet201": Architecture(20_013_928, _torchvision("densenet201"), image_size=64, batch=4),
-    "efficientnet_b0": Architecture(
-        5_288_548, _torchvision("efficientnet_b0"), image_size=64, batch=4
+    "densenet121": _densenet(7_978_856, "densenet121", "2.834"),
+    "densenet161": _densenet(28_681_000, "densenet161", "7.728"),
+    "densenet169": _densenet(14_149_480, "densenet169", "3.36"),
+    "densenet201": _densenet(20_013_928, "densenet201", "4.291"),
+    "efficientnet_b0": _efficientnet(
+        5_288_548,
+        "efficientnet_b0",
+        Published("Tan and Le 2019; Araujo, Norris and Sim 2019", 224, "0.39", 851, "features.8.2"),
     ),
-    "efficientnet_b1": Architecture(
-        7_794_184, _torchvision("efficientnet_b1"), image_size=64, batch=4
+    "efficientnet_b1": _efficientnet(
+        7_794_184, "efficientnet_b1", Published("torchvision", 240, "0.687")
     ),
-    "efficientnet_b2": Architecture(
-        9_109_994, _torchvision("efficientnet_b2"), image_size=64, batch=4
+    "efficientnet_b2": _efficientnet(
+        9_109_994, "efficientnet_b2", Published("torchvision", 288, "1.088")
     ),
-    "efficientnet_b3": Architecture(
-        12_233_232, _torchvision("efficientnet_b3"), image_size=64, batch=4
+    "efficientnet_b3": _efficientnet(
+        12_233_232, "efficientnet_b3", Published("torchvision", 300, "1.827")
     ),
-    "efficientnet_b4": Architecture(
-        19_341_616, _torchvision("efficientnet_b4"), image_size=64, batch=4
+    "efficientnet_b4": _efficientnet(
+        19_341_616, "efficientnet_b4", Published("torchvision", 380, "4.394")
     ),
-    "efficientnet_b5": Architecture(
-        30_389_784, _torchvision("efficientnet_b5"), image_size=64, batch=4
-    ),
-    "efficientnet_b6": Architecture(
-        43_040_704, _torchvision("efficientnet_b6"), image_size=64, batch=4
-    ),
-    "efficientnet_b7": Architecture(
-        66_347_960, _torchvision("efficientnet_b7"), image_size=64, batch=4
-    ),
+    # At the sizes of their published figures the larger ones need gigabytes.
+    "efficientnet_b5": _efficientnet(30_389_784, "efficientnet_b5"),
+    "efficientnet_b6": _efficientnet(43_040_704, "efficientnet_b6"),
+    "efficientnet_b7": _efficientnet(66_347_960, "efficientnet_b7"),
 }
 
 
@@ -259,13 +279,26 @@ def _is_batch_norm(module: torch.nn.Module) -> bool:
 
 @torch.no_grad()
 def randomise_running_statistics(model: torch.nn.Module, images: torch.Tensor) -> None:
-    """Those of the batch `images`, moved by up to a tenth: other numbers, but of the right size, so
-    that activations neither vanish nor explode with the depth."""
-    norms = [module for module in model.modules() if _is_batch_norm(module)]
-    for module in norms:
-        module.momentum = 1.0
-    model.train()(images)
-    for number, module in enumerate(norms):
-        mean, var = module.running_mean, module.running_var
-        var.clamp_(min=0.1 * float(var.mean())).mul_(1 + 0.1 * _draw(var, 7919 * number))
-        mean.add_(0.1 * var.sqrt() * _draw(mean, 7907 * number))
+    """Random ones, of a size with which each batch norm about halves what it is given for `images`.
+
+    Those of a small batch would not do. In some channels its variance is close to zero, a division
+    by which makes rounding the result; and to other images it is wrong by a factor that grows from
+    layer to layer.
+    """
+    hooks = [
+        module.register_forward_pre_hook(_observer(number))
+        for number, module in enumerate(model.modules())
+        if _is_batch_norm(module)
+    ]
+    model.eval()(images)
+    for hook in hooks:
+        hook.remove()
+
+
+def _observer(number: int) -> Callable[[torch.nn.Module, tuple[torch.Tensor]], None]:
+    def observe(norm: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        power = inputs[0].square().mean()
+        norm.running_mean.copy_(0.1 * power.sqrt() * _draw(norm.running_mean, 7907 * number))
+        norm.running_var.copy_(power * (4 + 2 * _draw(norm.running_var, 7919 * number)))
+
+    return observe

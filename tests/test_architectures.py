@@ -52,8 +52,8 @@ def test_parameters_and_keys(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_same_weights_give_the_same_logits(name: str) -> None:
     model, reference = create_pair(name)
-    x, other = (draw_images(ARCHITECTURES[name].image_shape, seed) for seed in (0, 1))
-    randomise_running_statistics(reference, torch.from_numpy(other).double())
+    x = draw_images(ARCHITECTURES[name].image_shape, seed=0)
+    randomise_running_statistics(reference, torch.from_numpy(x).double())
     model.load_state_dict(reference.state_dict())
     with torch.no_grad():
         expected = reference.eval()(torch.from_numpy(x).double()).numpy()
