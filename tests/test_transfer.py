@@ -13,6 +13,7 @@ import torch
 
 import fastconv
 from fastconv import checkpoint, cli, models, recipe, train
+from fastconv.distributed import SingleProcess
 from fastconv.train import TrainConfig
 from fastconv.weights import expected_statistics, read_weights
 
@@ -126,9 +127,9 @@ def test_statistics_that_weights_expect(digits: str, pretrained: Path, tmp_path:
     assert expected_statistics(own, 1) == ((0.1,), (0.3,))
 
     config = config_of(digits, weights=str(own)).resolved()
-    assert recipe.prepare_data(config)[2]["mean"] == [0.1]
+    assert recipe.prepare_data(config, SingleProcess())[2]["mean"] == [0.1]
     config = config_of(digits, weights=str(own), mean=(0.5,), std=(0.25,)).resolved()
-    assert recipe.prepare_data(config)[2]["mean"] == [0.5]
+    assert recipe.prepare_data(config, SingleProcess())[2]["mean"] == [0.5]
 
 
 @pytest.mark.parametrize(
