@@ -44,7 +44,7 @@ __attribute__((always_inline)) inline void for_outputs(const PoolRow<T>& t, Body
 
 // Each element fetches the one that the next row of outputs will need in its place: with a few operations on every
 // cache line the processor does not look that far ahead itself.
-template <class T> inline void prefetch_next(const PoolRow<T>& t, int64_t at) {
+template <class T> inline __attribute__((always_inline)) void prefetch_next(const PoolRow<T>& t, int64_t at) {
   prefetch(reinterpret_cast<const float*>(t.x + at + t.next_row));
 }
 
