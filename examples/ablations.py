@@ -14,10 +14,11 @@ and standard deviation. docs/ablations.md says what was found.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -265,12 +266,20 @@ def train(variant: Variant, seed: int, epochs: int, data: tuple[Dataset, Dataset
 
 
 def run(
-    study: Study, seeds: int, epochs: int, data: tuple[Dataset, Dataset]
+    study: Study, seeds: int, epochs: int, data: tuple[Dataset, Dataset], keep: Path | None = None
 ) -> dict[str, list[Run]]:
+    """Every variant from every seed. Runs that the file `keep` holds are not repeated."""
+    known = read_runs(keep) if keep is not None else {}
     runs: dict[str, list[Run]] = {name: [] for name in study.variants}
     for seed in range(seeds):
         for name, variant in study.variants.items():
-            result = train(variant, seed, epochs, data)
+            key = f"{study.question}; {name}; seed {seed}; {epochs} epochs; {len(data[0])} digits"
+            result = known.get(key)
+            if result is None:
+                result = train(variant, seed, epochs, data)
+                if keep is not None:
+                    with keep.open("a") as file:
+                        file.write(json.dumps([key, asdict(result)]) + "\n")
             runs[name].append(result)
             print(
                 f"{name}, seed {seed}: training loss {result.train_loss:.4f}, "
@@ -279,6 +288,12 @@ def run(
                 flush=True,
             )
     return runs
+
+
+def read_runs(path: Path) -> dict[str, Run]:
+    """The runs that `run` has written, a line each; none where there is no file yet."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {key: Run(**figures) for key, figures in map(json.loads, lines)}
 
 
 # What is shown
@@ -349,6 +364,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[Run
     parser.add_argument(
         "--quick", action="store_true", help="try the command: few digits, 2 epochs"
     )
+    parser.add_argument(
+        "--keep", type=Path, metavar="FILE", help="go on from the runs in this file"
+    )
     options = parser.parse_args(arguments)
     if options.seeds is not None and options.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
@@ -360,7 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[Run
             continue
         seeds = options.seeds or (1 if options.quick else study.seeds)
         epochs = 2 if options.quick else study.epochs
-        runs = results[name] = run(study, seeds, epochs, data)
+        runs = results[name] = run(study, seeds, epochs, data, options.keep)
         steps = epochs * -(-len(data[0]) // BATCH)
         print(f"\n{study.question}: {seeds} seeds, {epochs} epochs, {steps} steps\n")
         print(table(study, runs), flush=True)
