@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fastconv
+
 from . import torch_models
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -57,6 +59,43 @@ def test_transfer_learning_beats_random_features() -> None:
     accuracy = main_of("transfer_learning")(train_each=10, test_each=20, size=64)
     assert accuracy["pretrained"] > 0.6
     assert accuracy["pretrained"] > accuracy["random"] + 0.3
+
+
+@pytest.mark.parametrize("study", ["depth", "kernels", "norm", "regularisation"])
+def test_ablations(study: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A table with a row a variant, a picture, and losses that fall as those of a training do."""
+    module, keep = load("ablations"), tmp_path / "runs.jsonl"
+    arguments = [study, "--quick", "--plot", str(tmp_path), "--keep", str(keep)]
+    runs = module["main"](arguments)[study]
+
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    variants = module["studies"](quick=True)[study].variants
+    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {name}" for name in variants]
+    assert {line.count("|") for line in table} == {len(module["COLUMNS"]) + 1}
+    assert (tmp_path / f"ablations_{study}.png").stat().st_size > 5_000
+
+    for name, (run,) in runs.items():
+        assert f"{run.train_error:.2%} | {run.test_error:.2%} |" in "\n".join(table)
+        if "alone" not in name:  # without batch norm two epochs may not be enough
+            assert run.losses[1] < run.losses[0] < 3
+
+    before = keep.read_text()
+    assert module["main"](arguments)[study] == runs  # from the file
+    assert keep.read_text() == before
+
+
+def test_ablations_start_from_the_same_weights() -> None:
+    """A residual network has the parameters of the plain one, and another output."""
+    build, x = load("ablations")["deep_network"], np.ones((1, 1, 28, 28), np.float32)
+    models = []
+    for shortcut in (False, True):
+        fastconv.manual_seed(0)
+        models.append(build(14, shortcut))
+    plain, residual = (model.state_dict() for model in models)
+    assert plain.keys() == residual.keys()
+    for key, value in plain.items():
+        np.testing.assert_array_equal(value, residual[key])
+    assert not np.allclose(models[0](x).data, models[1](x).data)
 
 
 def test_readme_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
