@@ -177,7 +177,7 @@ def studies(quick: bool) -> dict[str, Study]:
                 for depth in depths
             },
             epochs=6,
-            seeds=3,
+            seeds=2,
             colours=len(depths),
         ),
         "kernels": Study(
@@ -206,7 +206,7 @@ def studies(quick: bool) -> dict[str, Study]:
                 )
             },
             epochs=4,
-            seeds=5,
+            seeds=2,
             colours=3,
         ),
         "regularisation": Study(
@@ -218,7 +218,7 @@ def studies(quick: bool) -> dict[str, Study]:
                 "both": Variant(partial(small_cnn, dropout=0.5), 0.02, augmentation),
             },
             epochs=12,
-            seeds=3,
+            seeds=2,
             colours=4,
         ),
     }
@@ -350,14 +350,14 @@ def plot(study: Study, runs: dict[str, list[Run]], target: Path) -> None:
     right.set_xticks(range(len(runs)), list(runs), rotation=30, ha="right", fontsize=7)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.savefig(target, dpi=90)
+    figure.savefig(target, dpi=80)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[Run]]]:
     """Runs the chosen studies, prints their tables, and returns every run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("study", choices=[*studies(False), "all"])
-    parser.add_argument("--seeds", type=int, help="how many, from 0 on (default: 3 or 5)")
+    parser.add_argument("--seeds", type=int, help="how many, from 0 on (default: 2, for kernels 5)")
     parser.add_argument(
         "--plot", type=Path, metavar="DIR", help="also draw DIR/ablations_STUDY.png"
     )
