@@ -5,14 +5,17 @@ Imported only where it is wanted, so that the other benchmarks run without PyTor
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from bench.measure import Call
+from bench.steps import Training
+from fastconv.step import AUXILIARY_WEIGHT
+from tests.architectures import ARCHITECTURES, outputs, without_noise
 from tests.cases import ConvCase, pair
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -58,49 +61,60 @@ def convolution_call(
     return forward if op == "fwd" else backward
 
 
-def smallcnn() -> nn.Module:
-    """fastconv.models.SmallCNN in PyTorch's modules, with the same names."""
-    features = nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.BatchNorm2d(64),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-    )
-    classifier = nn.Sequential(
-        nn.Flatten(), nn.Linear(4096, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10)
-    )
-    return nn.Sequential(OrderedDict(features=features, classifier=classifier))
-
-
-MODELS = {"smallcnn": smallcnn}
 State = Mapping[str, np.ndarray]
 
 
 def build(name: str, state: State, layout: torch.memory_format) -> nn.Module:
     """The model in training mode with a copy of fastconv's weights."""
-    model = MODELS[name]()
+    with torch.device("meta"):  # no random numbers
+        model = ARCHITECTURES[name].reference()
+    model.to_empty(device="cpu")
     model.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in state.items()})
     model.to(memory_format=layout)  # type: ignore[call-overload]  # not in its type stub
     return model.train()
 
 
+def forwards(name: str, state: State, images: np.ndarray) -> dict[str, Call]:
+    """A forward pass in eval mode for each layout."""
+    return {
+        layout_name: forward_call(build(name, state, layout).eval(), in_layout(images, layout))
+        for layout_name, layout in LAYOUTS.items()
+    }
+
+
+def forward_call(model: nn.Module, images: torch.Tensor) -> Call:
+    def forward() -> torch.Tensor:
+        with torch.inference_mode():
+            return model(images)
+
+    return forward
+
+
+def training_loss(output: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Of the logits, and of auxiliary heads with the weights that fastconv gives them."""
+    logits, *auxiliary = outputs(output)
+    loss = nn.functional.cross_entropy(logits, labels)
+    for head in auxiliary:
+        weight = AUXILIARY_WEIGHT[type(output).__name__]
+        loss = loss + weight * nn.functional.cross_entropy(head, labels)
+    return loss
+
+
 def step_call(
     model: nn.Module,
-    forward: Callable[[torch.Tensor], torch.Tensor],
+    forward: Callable[[torch.Tensor], Any],
     images: torch.Tensor,
     labels: torch.Tensor,
-    lr: float,
+    training: Training,
 ) -> Callable[[], torch.Tensor]:
     """A training step of ``model``, whose forward pass is ``forward`` (itself, or compiled)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    optimizer = getattr(torch.optim, training.optimizer)(
+        model.parameters(), **training.settings, fused=True
+    )
 
     def step() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
-        loss = nn.functional.cross_entropy(forward(images), labels)
+        loss = training_loss(forward(images), labels)
         loss.backward()
         optimizer.step()
         return loss
@@ -109,19 +123,21 @@ def step_call(
 
 
 def losses(
-    name: str, state: State, images: np.ndarray, labels: np.ndarray, lr: float, steps: int
+    name: str, state: State, images: np.ndarray, labels: np.ndarray, training: Training
 ) -> list[float]:
     """The losses of the first steps without dropout."""
-    model = build(name, state, torch.contiguous_format)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    step = step_call(model, model, torch.from_numpy(images), torch.from_numpy(labels), lr)
-    return [step().item() for _ in range(steps)]
+    model = without_noise(build(name, state, torch.contiguous_format))
+    step = step_call(model, model, torch.from_numpy(images), torch.from_numpy(labels), training)
+    return [step().item() for _ in range(training.checked_steps)]
 
 
 def steps(
-    name: str, state: State, images: np.ndarray, labels: np.ndarray, lr: float, compiled: bool
+    name: str,
+    state: State,
+    images: np.ndarray,
+    labels: np.ndarray,
+    training: Training,
+    compiled: bool = False,
 ) -> dict[str, Call]:
     """A training step for each mode, each with its own model."""
     target = torch.from_numpy(labels)
@@ -133,9 +149,9 @@ def steps(
     for layout_name, layout in LAYOUTS.items():
         x = in_layout(images, layout)
         model = build(name, state, layout)
-        calls[layout_name] = step_call(model, model, x, target, lr)
+        calls[layout_name] = step_call(model, model, x, target, training)
         if compiled:
             model = build(name, state, layout)
             fast = torch.compile(model, options=threads)
-            calls[f"compiled {layout_name}"] = step_call(model, fast, x, target, lr)
+            calls[f"compiled {layout_name}"] = step_call(model, fast, x, target, training)
     return calls

@@ -10,55 +10,76 @@ starts, the losses of a few steps without dropout must agree.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 import fastconv
 from bench import options, report, roofline
 from bench.measure import Call, alternate
-from fastconv import functional as F
 from fastconv import models, nn, optim
+from fastconv.step import training_loss
 from fastconv.summary import summarize
 from fastconv.tensor import Tensor
 
 MODELS = ["smallcnn"]
 IMAGE = (3, 32, 32)
 CLASSES = 10
-LEARNING_RATE = 1e-3
-CHECKED_STEPS = 5
-TOLERANCE = 5e-3  # of the loss, between two float32 trajectories of AdamW
+TOLERANCE = 5e-3  # of the loss, between two float32 trajectories
 
 
-def batch(size: int) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True)
+class Training:
+    """An optimiser, by its name here and in PyTorch, and how many steps of it are compared."""
+
+    optimizer: str
+    settings: Mapping[str, Any]
+    checked_steps: int
+
+    def optimizer_of(self, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
+        made: optim.Optimizer = getattr(optim, self.optimizer)(parameters, **self.settings)
+        return made
+
+
+TRAINING = Training("AdamW", {"lr": 1e-3}, checked_steps=5)
+
+
+def batch(size: int, image: tuple[int, int, int] = IMAGE) -> tuple[np.ndarray, np.ndarray]:
     """Images of logical shape NCHW in channels-last memory, and their labels."""
     rng = np.random.default_rng(0)
-    channels, height, width = IMAGE
+    channels, height, width = image
     images = rng.standard_normal((size, height, width, channels), np.float32)
     return images.transpose(0, 3, 1, 2), rng.integers(0, CLASSES, size)
 
 
 def step(
-    model: nn.Module, optimizer: optim.AdamW, images: np.ndarray, labels: np.ndarray
+    model: nn.Module, optimizer: optim.Optimizer, images: np.ndarray, labels: np.ndarray
 ) -> Tensor:
     optimizer.zero_grad()
-    loss = F.cross_entropy(model(images), labels)
+    _, loss = training_loss(model(images), labels, label_smoothing=0.0)
     loss.backward()
     optimizer.step()
     return loss
 
 
-def compare(name: str, images: np.ndarray, labels: np.ndarray, peer: ModuleType) -> list[float]:
-    """The losses of both sides without dropout, step by step; ends the run if they part."""
-    model = models.create(name)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    expected = peer.losses(name, model.state_dict(), images, labels, LEARNING_RATE, CHECKED_STEPS)
-    optimizer = optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    losses = [step(model, optimizer, images, labels).item() for _ in range(CHECKED_STEPS)]
+def compare(
+    name: str,
+    model: nn.Module,
+    images: np.ndarray,
+    labels: np.ndarray,
+    training: Training,
+    peer: ModuleType,
+) -> list[float]:
+    """Trains `model` and the peer's from the same weights without dropout: the differences of the
+    losses, step by step; ends the run if they part."""
+    peer.without_noise(model)
+    expected = peer.losses(name, model.state_dict(), images, labels, training)
+    optimizer = training.optimizer_of(model.parameters())
+    losses = [step(model, optimizer, images, labels).item() for _ in expected]
     differences = [abs(a - b) for a, b in zip(losses, expected, strict=True)]
     if not max(differences) <= TOLERANCE:
         raise SystemExit(f"{name}: losses {losses} differ from PyTorch's {expected}")
@@ -76,13 +97,13 @@ def run(
     details: dict[str, object] = {"batch": len(images)}
     if peer:
         peer.set_num_threads(limit.threads)
-        details["difference"] = compare(name, images, labels, peer)
+        details["difference"] = compare(name, models.create(name), images, labels, TRAINING, peer)
         compiled = not (arguments.quick or arguments.no_compile)
-        peers = peer.steps(name, model.state_dict(), images, labels, LEARNING_RATE, compiled)
-    optimizer = optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+        peers = peer.steps(name, model.state_dict(), images, labels, TRAINING, compiled)
+    optimizer = TRAINING.optimizer_of(model.parameters())
     ours = partial(step, model, optimizer, images, labels)
     samples = alternate({"fastconv": ours, **peers}, arguments.budget, arguments.min_rounds)
-    flops = training_flops(model, len(images))
+    flops = training_flops(model, images)
     return report.Row(
         group="steps",
         name=f"{name} batch {len(images)}",
@@ -96,9 +117,9 @@ def run(
     )
 
 
-def training_flops(model: nn.Module, images: int) -> float:
+def training_flops(model: nn.Module, images: np.ndarray) -> float:
     """Two flops a multiply-add, three passes: forward, input gradient and weight gradient."""
-    return 3 * 2.0 * images * summarize(model, IMAGE).multiply_adds
+    return 3 * 2.0 * len(images) * summarize(model, images.shape[1:]).multiply_adds
 
 
 def chosen(arguments: argparse.Namespace) -> Iterator[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import layers, measure, report, roofline, steps
+from bench import layers, measure, models, report, roofline, steps
 from tests.cases import SMALLCNN
 
 
@@ -117,6 +117,39 @@ def test_steps_quick(tmp_path: Path) -> None:
     (result,) = json.loads(path.read_text())["results"]
     assert set(result["peers"]) == {"NCHW", "channels_last"}
     assert max(result["difference"]) < steps.TOLERANCE
+
+
+def test_models_quick(tmp_path: Path) -> None:
+    """Checks and timings in runs of their own, which complete one file."""
+    pytest.importorskip("torchvision")
+    path, page = tmp_path / "models.json", tmp_path / "models.md"
+    files = ["--models", "lenet5,smallcnn", "--json", str(path), "--markdown", str(page)]
+    models.main([*files, "--check", "--filter", "lenet5"])
+    models.main([*files, "--quick", "--threads", "1", "--budget", "0", "--min-rounds", "2"])
+    content = json.loads(path.read_text())
+    assert [(r["name"], r["op"]) for r in content["results"]] == [
+        (name, op) for name in ("lenet5", "smallcnn") for op in ("forward", "step")
+    ]
+    for result in content["results"]:
+        assert set(result["peers"]) == {"NCHW", "channels_last"}
+    lenet5, smallcnn = (line for line in page.read_text().split("\n") if line.startswith("| `"))
+    assert "61,706" in lenet5 and lenet5.count("✓") == 4  # nobody published its multiply-adds
+    assert "545,290" in smallcnn and "✓" not in smallcnn
+
+
+def test_a_check_that_failed_or_did_not_run_has_no_tick() -> None:
+    cases = {
+        "test_parameters_and_keys[a]": "",
+        "test_same_weights_give_the_same_logits[a]": "<failure/>",
+        "test_same_gradients[a]": "<error/>",
+        "test_published_figures[a]": "<skipped/>",
+        "test_losses_stay_together[a-SGD]": "<failure/>",
+        "test_losses_stay_together[a-AdamW]": "",
+    }
+    xml = "".join(f'<testcase name="{name}">{child}</testcase>' for name, child in cases.items())
+    assert models.outcomes(f"<testsuite>{xml}</testsuite>") == {
+        "a": {"keys": "passed", "logits": "failed", "gradients": "failed", "losses": "failed"}
+    }
 
 
 def test_unknown_names_are_refused() -> None:

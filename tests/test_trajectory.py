@@ -44,7 +44,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.nn.Module]]]
         lambda: models.SmallCNN(image_size=16, dropout=0.0),
         lambda: torch_models.SmallCNN(image_size=16, dropout=0.0),
     ),
-    "resnet8": (models.resnet8_cifar, lambda: torch_models.ResNet(1)),
+    "resnet8_cifar": (models.resnet8_cifar, lambda: torch_models.ResNet(1)),
 }
 # (settings, largest difference of the losses)
 OPTIMISERS: dict[str, tuple[dict[str, Any], float]] = {

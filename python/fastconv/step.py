@@ -19,7 +19,7 @@ from fastconv.tensor import Tensor
 
 # Of the auxiliary heads' losses, by the type of what the model returns in training: Szegedy et al.
 # 2014, "Going deeper with convolutions", section 5, and torchvision's reference for Inception v3.
-_AUXILIARY_WEIGHT = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
+AUXILIARY_WEIGHT = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
 
 
 class TrainingError(RuntimeError):
@@ -99,14 +99,14 @@ def training_loss(output: Any, y: NDArray[Any], label_smoothing: float) -> tuple
     if isinstance(output, Tensor):
         return output, F.cross_entropy(output, y, label_smoothing=label_smoothing)
     kind = type(output).__name__
-    if kind not in _AUXILIARY_WEIGHT:
+    if kind not in AUXILIARY_WEIGHT:
         raise TypeError(f"a model must return logits, got {kind}")
     logits, *auxiliary = output
     loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
     for head in auxiliary:
         if head is not None:
             head_loss = F.cross_entropy(head, y, label_smoothing=label_smoothing)
-            loss = loss + _AUXILIARY_WEIGHT[kind] * head_loss
+            loss = loss + AUXILIARY_WEIGHT[kind] * head_loss
     return logits, loss
 
 
