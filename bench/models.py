@@ -34,6 +34,7 @@ from bench import options, report, roofline, steps
 from bench.measure import Call, alternate
 from fastconv import models, nn
 from fastconv.summary import summarize
+from tests.architectures import ARCHITECTURES, create
 
 # The side of the images that the publication of the model gives; 224 where nothing is said here.
 PUBLISHED_SIZE = {
@@ -50,7 +51,6 @@ PUBLISHED_SIZE = {
 }
 TRAINED_SIZE = {"inception_v3": 299}  # its auxiliary head takes no less; 64 or less for the others
 TRAINED_BATCH = 4
-CHANNELS = {"lenet5": 1}
 TRAINING = steps.Training("SGD", {"lr": 1e-4, "momentum": 0.9}, checked_steps=1)
 LOGITS_LIMIT = 1e-4  # relative L2, between two float32 sums of different order
 
@@ -69,7 +69,7 @@ Content = dict[str, Any]  # of the JSON file
 
 
 def image_shape(name: str, size: int) -> tuple[int, int, int]:
-    return CHANNELS.get(name, 3), size, size
+    return ARCHITECTURES[name].in_channels, size, size
 
 
 def published_size(name: str) -> int:
@@ -86,7 +86,7 @@ def figures(name: str) -> Content:
     The receptive field is that of the last plane, in front of the global mean or the dense layers.
     """
     size = published_size(name)
-    summary = summarize(models.create(name), image_shape(name, size))
+    summary = summarize(create(name, image_size=size), image_shape(name, size))
     planes = [row for row in summary.rows if len(row.output_shape) == 3 and row.output_shape[1] > 1]
     return {
         "image_size": size,
@@ -122,6 +122,7 @@ def compare_logits(
 
 def measure(
     name: str,
+    model: nn.Module,
     op: str,
     limit: roofline.Roofline,
     arguments: argparse.Namespace,
@@ -133,7 +134,7 @@ def measure(
         size, batch = trained_size(name), 2 if arguments.quick else TRAINED_BATCH
     images, labels = steps.batch(batch, image_shape(name, size))
     fastconv.set_num_threads(limit.threads)
-    model = models.create(name)
+    model.train()
     flops = steps.training_flops(model, images) / (1 if op == "step" else 3)
     peers: dict[str, Call] = {}
     details: dict[str, object] = {"image_size": size, "batch": batch}
@@ -336,12 +337,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             limit = roofline.measure(threads)
             content["roofline"].append(limit.as_json())
             for name in names:
-                for op in ("forward", "step"):
-                    if (name, op, threads) not in done:
-                        row = measure(name, op, limit, arguments, peer)
-                        report.progress(row)
-                        content["results"].append(row.as_json())
-                        save()
+                ops = [op for op in ("forward", "step") if (name, op, threads) not in done]
+                if not ops:
+                    continue
+                model = models.create(name)
+                for op in ops:
+                    row = measure(name, model, op, limit, arguments, peer)
+                    report.progress(row)
+                    content["results"].append(row.as_json())
+                    save()
     save()
     text = markdown(content)
     print(text)
