@@ -315,10 +315,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
-    content = kept(arguments.json)
     names = list(steps.chosen(arguments))
     if not names:
         raise SystemExit(f"nothing to measure: no name contains {arguments.filter!r}")
+    checks = run_checks(names) if arguments.check else {}
+    content = kept(arguments.json)
+    content["checks"].update(checks)
 
     def save() -> None:
         if arguments.json:
@@ -328,9 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         content["models"].setdefault(name, None)
         content["models"][name] = content["models"][name] or figures(name)
     content["models"] = dict(sorted(content["models"].items()))
-    if arguments.check:
-        content["checks"].update(run_checks(names))
-    else:
+    if not arguments.check:
         peer = options.peer_module(arguments)
         done = {(r["name"], r["op"], r["threads"]) for r in content["results"]}
         for threads in arguments.threads:
