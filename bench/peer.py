@@ -6,6 +6,7 @@ Imported only where it is wanted, so that the other benchmarks run without PyTor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from bench.steps import Training
 from fastconv.step import AUXILIARY_WEIGHT
 from tests.architectures import ARCHITECTURES, outputs, without_noise
 from tests.cases import ConvCase, pair
+from tests.torchvision_models import models as torchvision
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 WANTED = {"dgrad": (True, False, False), "wgrad": (False, True, False)}
@@ -62,12 +64,14 @@ def convolution_call(
 
 
 State = Mapping[str, np.ndarray]
+# With the auxiliary head that the tests' own line leaves out.
+REFERENCES = {"inception_v3": partial(torchvision.inception_v3, weights=None, init_weights=False)}
 
 
 def build(name: str, state: State, layout: torch.memory_format) -> nn.Module:
     """The model in training mode with a copy of fastconv's weights."""
     with torch.device("meta"):  # no random numbers
-        model = ARCHITECTURES[name].reference()
+        model = REFERENCES.get(name, ARCHITECTURES[name].reference)()
     model.to_empty(device="cpu")
     model.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in state.items()})
     model.to(memory_format=layout)  # type: ignore[call-overload]  # not in its type stub

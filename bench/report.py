@@ -179,8 +179,8 @@ def environment() -> dict[str, Any]:
     """What another run needs, to be compared with this one."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": git("rev-parse", "HEAD"),
+        "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[0], 1),  # busy processes in the last minute
@@ -207,7 +207,7 @@ def heading(environment: dict[str, Any]) -> str:
     )
 
 
-def _git(*arguments: str) -> str | None:
+def git(*arguments: str) -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
