@@ -49,7 +49,7 @@ PUBLISHED_SIZE = {
         )
     ),
 }
-# Beyond the arguments of the checks, which leave its auxiliary head to tests of its own.
+# Beyond the arguments of the checks, which leave its auxiliary head out.
 SETTINGS = {"inception_v3": {"aux_logits": True}}
 TRAINED_SIZE = {"inception_v3": 299}  # its auxiliary head takes no less; 64 or less for the others
 TRAINED_BATCH = 4
@@ -283,7 +283,7 @@ EXPLANATION = f"""
   and shapes of the state_dict. *logits*: relative L2 at most 1e-5. *gradients*: of every parameter,
   at most 1e-4. *published*: multiply-adds or receptive field equal to figures of others.
   *losses*: the same in every step of a training, made for one member of each family.
-  Those of Inception v3 are of the model without its auxiliary head, which has its own tests.
+  Those of Inception v3 are of the model without its auxiliary head; its times are with it.
 - A dash in place of a time: not measured.
 """
 
