@@ -142,7 +142,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         batch=4,
         published=Published("torchvision", 224, "1.498"),
     ),
-    # In training the auxiliary head needs 299x299: see test_inception.py.
+    # In training the auxiliary head needs 299x299: see test_model_arguments.py.
     "inception_v3": Architecture(
         23_834_568,
         _torchvision("inception_v3", aux_logits=False, init_weights=False),
