@@ -15,7 +15,7 @@ from torch import nn
 
 from bench.measure import Call
 from bench.steps import Training
-from fastconv.step import AUXILIARY_WEIGHT
+from fastconv.train.step import AUXILIARY_WEIGHT
 from tests.architectures import ARCHITECTURES, outputs, without_noise
 from tests.cases import ConvCase, pair
 from tests.torchvision_models import models as torchvision

@@ -22,9 +22,9 @@ import fastconv
 from bench import options, report, roofline
 from bench.measure import Call, alternate
 from fastconv import models, nn, optim
-from fastconv.step import training_loss
 from fastconv.summary import summarize
 from fastconv.tensor import Tensor
+from fastconv.train.step import training_loss
 
 MODELS = ["smallcnn"]
 IMAGE = (3, 32, 32)

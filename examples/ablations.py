@@ -32,10 +32,10 @@ from fastconv.augment import Augmentation
 from fastconv.data import DataLoader, Dataset, channel_statistics, mnist5k
 from fastconv.models import SmallCNN
 from fastconv.optim import SGD, CosineAnnealingLR, parameter_groups
-from fastconv.step import TrainingError, train_step
 from fastconv.summary import summarize
 from fastconv.tensor import Tensor
 from fastconv.train import evaluate
+from fastconv.train.step import TrainingError, train_step
 
 BATCH = 64
 WEIGHT_DECAY = 1e-4  # He et al. 2015, section 3.4, as is the momentum

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 import fastconv as fc
-from fastconv import cli, distributed, nn, optim, progress
+from fastconv import cli, distributed, nn, optim
 from fastconv.data import DataLoader, Dataset
 from fastconv.distributed import CommunicationError, Communicator, GradientReducer
-from fastconv.progress import Progress
-from fastconv.step import train_step
+from fastconv.train import progress
+from fastconv.train.progress import Progress
+from fastconv.train.step import train_step
 
 # Steps whose last one has a single image, so that process 0 has none.
 IMAGES, BATCH, EPOCHS = 25, 8, 2

@@ -128,7 +128,7 @@ def test_unexpected_errors_are_one_line_unless_debugged(
     def broken(*arguments: Any) -> None:
         raise KeyError("surprise")
 
-    monkeypatch.setattr(train, "evaluate", broken)
+    monkeypatch.setattr(train.loop, "evaluate", broken)
     arguments = ("train", *QUICK, "--no-save")
     assert error_of(capsys, *arguments, code=1) == "KeyError: 'surprise'"
     monkeypatch.setenv("FASTCONV_DEBUG", "1")

@@ -19,9 +19,9 @@ from fastconv import functional as F
 from fastconv.augment import Augmentation
 from fastconv.distributed import Environment, GradientReducer, SingleProcess
 from fastconv.init import Share
-from fastconv.progress import Progress
 from fastconv.tensor import Tensor
 from fastconv.train import TrainConfig
+from fastconv.train.progress import Progress
 from tests import distributed_worker
 from tests.processes import TIME_LIMIT, Threads, in_threads, start_ranks, torchrun
 from tests.reference import assert_same_bits, normal
@@ -522,7 +522,7 @@ def test_runs_with_batch_norm_resume_to_the_same_bits(
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3, stride=3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(648, 10)
     )
-    monkeypatch.setattr(train, "create_model", lambda info: copy.deepcopy(model))
+    monkeypatch.setattr(train.loop, "create_model", lambda info: copy.deepcopy(model))
     config = TrainConfig(
         data="mnist", data_dir=digits, epochs=2, batch_size=75, accumulate=2,
         checkpoint_every=1, **options,

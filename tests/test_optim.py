@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from fastconv import models, nn, ops, optim
-from fastconv.ema import EMA
 from fastconv.nn import Parameter, channels_last
 from fastconv.tensor import Array
+from fastconv.train.ema import EMA
 
 SHAPES = [(4, 3, 3, 3), (7,), (5, 6)]
 

@@ -23,10 +23,16 @@ import pytest
 import torch
 
 import fastconv
-from fastconv import checkpoint, cli, data, models, nn, optim, recipe, train
-from fastconv.progress import BarProgress, PlainProgress, Progress, choose_progress, plot_curves
-from fastconv.step import training_loss
-from fastconv.train import TrainConfig, TrainingError
+from fastconv import checkpoint, cli, data, models, nn, optim, train
+from fastconv.train import TrainConfig, TrainingError, recipe
+from fastconv.train.progress import (
+    BarProgress,
+    PlainProgress,
+    Progress,
+    choose_progress,
+    plot_curves,
+)
+from fastconv.train.step import training_loss
 
 safetensors = pytest.importorskip("safetensors.numpy")
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import fastconv
-from fastconv import checkpoint, cli, models, recipe, train
+from fastconv import checkpoint, cli, models, train
 from fastconv.distributed import SingleProcess
-from fastconv.train import TrainConfig
+from fastconv.train import TrainConfig, recipe
 from fastconv.weights import expected_statistics, read_weights
 
 from . import torch_models

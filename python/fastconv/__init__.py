@@ -34,7 +34,6 @@ _MODULES = (
     "cli",
     "data",
     "distributed",
-    "ema",
     "functional",
     "info",
     "models",

@@ -190,7 +190,7 @@ def _add_train(commands: Any) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from fastconv import distributed, train
-    from fastconv.progress import choose_progress
+    from fastconv.train.progress import choose_progress
 
     names = {field.name for field in fields(train.TrainConfig)}
     given = {name: value for name, value in vars(options).items() if name in names}
@@ -253,7 +253,8 @@ def _add_eval(commands: Any) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from fastconv import data, recipe, train
+    from fastconv import data, train
+    from fastconv.train import recipe
 
     _set_threads(options.threads)
     model, info = train.load_model(options.checkpoint)

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from fastconv import data, nn
 from fastconv.data import DataLoader, Dataset
 from fastconv.module import HookHandle
-from fastconv.recipe import load_model
 from fastconv.tensor import Tensor, no_grad
+from fastconv.train.recipe import load_model
 
 __all__ = ["draw_features", "draw_filters", "feature_maps", "find_checkpoint", "read_input", "show"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastconv import checkpoint
-from fastconv.config import TrainConfig
+from fastconv.train.config import TrainConfig
 
 
 class RunFolder:

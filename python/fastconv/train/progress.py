@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from fastconv.config import TrainConfig
+    from fastconv.train.config import TrainConfig
 
 __all__ = ["BarProgress", "PlainProgress", "Progress", "choose_progress", "plot_curves"]
 

@@ -9,9 +9,9 @@ from os import PathLike
 from typing import Any
 
 from fastconv import checkpoint, data, models, nn, optim, weights
-from fastconv.config import TrainConfig
 from fastconv.data import DataLoader, Dataset
 from fastconv.distributed import Communicator
+from fastconv.train.config import TrainConfig
 
 
 def prepare_data(

@@ -26,40 +26,26 @@ from typing import Any
 
 import fastconv
 from fastconv import checkpoint, distributed, nn
-from fastconv.config import TrainConfig, load_config
 from fastconv.distributed import (
     Communicator,
     GradientReducer,
     SingleProcess,
     failing_together,
 )
-from fastconv.ema import EMA
-from fastconv.evaluation import Evaluation, evaluate
 from fastconv.init import Share
-from fastconv.progress import Progress, plot_curves
-from fastconv.recipe import (
+from fastconv.train.config import TrainConfig, load_config
+from fastconv.train.ema import EMA
+from fastconv.train.evaluation import evaluate
+from fastconv.train.progress import Progress, plot_curves
+from fastconv.train.recipe import (
     create_model,
     create_optimizer,
     create_schedule,
-    load_model,
     prepare_data,
 )
-from fastconv.run_folder import RunFolder
-from fastconv.step import Step, TrainingError, train_step
+from fastconv.train.run_folder import RunFolder
+from fastconv.train.step import Step, TrainingError, train_step
 from fastconv.weights import freeze_backbone, load_pretrained, read_weights
-
-__all__ = [
-    "Evaluation",
-    "Result",
-    "TrainConfig",
-    "TrainingError",
-    "evaluate",
-    "load_config",
-    "load_model",
-    "resume",
-    "train",
-    "train_step",
-]
 
 _CHANGEABLE = ("threads", "prefetch", "workers", "data_dir", "checkpoint_every")
 

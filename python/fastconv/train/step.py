@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from fastconv import functional as F
 from fastconv import nn, ops, optim
 from fastconv.distributed import Communicator, GradientReducer, SingleProcess
-from fastconv.evaluation import count_correct
 from fastconv.init import Share, default_generator
 from fastconv.tensor import Tensor
+from fastconv.train.evaluation import count_correct
 
 # Of the auxiliary heads' losses, by the type of what the model returns in training: Szegedy et al.
 # 2014, "Going deeper with convolutions", section 5, and torchvision's reference for Inception v3.
