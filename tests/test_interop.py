@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import fastconv as fc
-from tests.memory import channels_last, is_channels_last
+from tests.memory import channels_last, guarded, is_channels_last
 from tests.reference import assert_same_bits, normal
 
 X = normal("x", shape=(2, 19, 7, 8))
@@ -197,6 +197,24 @@ def test_nhwc_array_is_used_without_a_copy():
     assert is_channels_last(y)
     peak = fc.memory_stats()["peak_bytes_in_use"] - before
     assert peak < nhwc.nbytes // 2, f"{peak} bytes for an input of {nhwc.nbytes}"
+
+
+# Around the squares in which planes are transposed, and one so large that it bypasses the caches.
+@pytest.mark.parametrize("size", [(1, 1), (1, 16), (3, 5), (4, 4), (7, 7), (16, 16), (31, 3)])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 8, 15, 16, 17, 32, 33])
+def test_planes_keep_their_bits(channels, size, isa):
+    """To channels-last and back, for a pool over single pixels."""
+    x = normal(channels, size, shape=(2, channels, *size))
+    for side in ("start", "end"):
+        assert_same_bits(fc.avg_pool2d(guarded(x, side), 1), x)
+
+
+@pytest.mark.parametrize("size", [(128, 64), (127, 65)])
+def test_large_planes_keep_their_bits(size, isa):
+    x = normal(size, shape=(2, 48, *size))
+    assert x.size >= 1 << 19
+    assert_same_bits(fc.avg_pool2d(x, 1), x)
+    assert_same_bits(fc.avg_pool2d(x[:, 1:41], 1), x[:, 1:41])
 
 
 @pytest.mark.parametrize("view", [

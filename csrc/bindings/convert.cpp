@@ -1,9 +1,8 @@
 #include "bindings/convert.h"
 
 #include <algorithm>
-#include <cstring>
 
-#include "cpu/parallel.h"
+#include "cpu/layout.h"
 
 namespace fastconv::bindings {
 namespace {
@@ -17,28 +16,6 @@ DType dtype_of_array(const py::array& array, const char* name) {
   if (native && type.kind() == 'i' && type.itemsize() == 8) return DType::kInt64;
   if (native && type.kind() == 'u' && type.itemsize() == 1) return DType::kUInt8;
   throw TypeError(concat(name, " has dtype ", std::string(py::str(type)), ", which is not supported"));
-}
-
-template <class T> void copy_as(const TensorView& src, const TensorView& dst) {
-  const int64_t n = src.sizes[0], c = src.sizes[1], h = src.sizes[2], w = src.sizes[3];
-  const T* from = src.as<T>();
-  T* to = dst.as<T>();
-  const auto& a = src.strides;
-  const auto& b = dst.strides;
-  // Small squares of (pixels x channels) keep both sides' cache lines in use.
-  constexpr int64_t kSquare = 16;
-  cpu::parallel_ranges(n * h, std::max<int64_t>(16384 / std::max<int64_t>(w * c, 1), 1),
-                       [&](int64_t begin, int64_t end) {
-                         for (int64_t row = begin; row < end; ++row) {
-                           const T* s = from + row / h * a[0] + row % h * a[2];
-                           T* d = to + row / h * b[0] + row % h * b[2];
-                           for (int64_t w0 = 0; w0 < w; w0 += kSquare)
-                             for (int64_t c0 = 0; c0 < c; c0 += kSquare)
-                               for (int64_t i = w0; i < std::min(w, w0 + kSquare); ++i)
-                                 for (int64_t j = c0; j < std::min(c, c0 + kSquare); ++j)
-                                   d[i * b[3] + j * b[1]] = s[i * a[3] + j * a[1]];
-                         }
-                       });
 }
 
 }  // namespace
@@ -106,14 +83,6 @@ Shape shape4(const TensorView& v, const char* name) {
   return {v.sizes[0], v.sizes[1], v.sizes[2], v.sizes[3]};
 }
 
-void copy_strided(const TensorView& src, const TensorView& dst) {
-  switch (itemsize(src.dtype)) {
-    case 4: return copy_as<uint32_t>(src, dst);
-    case 8: return copy_as<uint64_t>(src, dst);
-    default: return copy_as<uint8_t>(src, dst);
-  }
-}
-
 ChannelsLast::ChannelsLast(const py::array& array, const char* name) : view_(bindings::view(array, name)) {
   shape4(view_, name);
   layout_ = layout_of(view_);
@@ -125,7 +94,10 @@ ChannelsLast::ChannelsLast(const py::array& array, const char* name) : view_(bin
   dense.strides[3] = view_.sizes[1];
   dense.strides[2] = view_.sizes[3] * dense.strides[3];
   dense.strides[0] = view_.sizes[2] * dense.strides[2];
-  copy_strided(view_, dense);
+  {
+    py::gil_scoped_release nogil;
+    cpu::copy_strided(view_, dense);
+  }
   view_ = dense;
 }
 
@@ -139,7 +111,7 @@ py::array Output::finish() {
   py::array out = new_array(src.dtype, {src.sizes[0], src.sizes[1], src.sizes[2], src.sizes[3]}, Layout::kNCHW);
   const TensorView dst = view(out, "output");
   py::gil_scoped_release nogil;
-  copy_strided(src, dst);
+  cpu::copy_strided(src, dst);
   return out;
 }
 

@@ -52,9 +52,6 @@ class Output {
   Layout layout_;
 };
 
-// dst (dense in channels-last or NCHW order of a 4-D shape) = src, in parallel.
-void copy_strided(const TensorView& src, const TensorView& dst);
-
 Shape shape4(const TensorView& v, const char* name);
 
 }  // namespace fastconv::bindings

@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <numeric>
 
+#include "cpu/layout.h"
+
 namespace fastconv::bindings {
 namespace {
 
@@ -89,7 +91,7 @@ void copy_view(const TensorView& src, const TensorView& dst) {
     }
     return w;
   };
-  copy_strided(four(src), four(dst));
+  cpu::copy_strided(four(src), four(dst));
 }
 
 Vector::Vector(const TensorView& array, const char* name) : data_(array.data) {

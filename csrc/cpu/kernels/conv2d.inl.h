@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/kernels/conv2d.h"
+#include "cpu/kernels/layout.inl.h"
 
 namespace fastconv::cpu {
 namespace {
@@ -133,47 +134,6 @@ void pack_slice(const float* src, int64_t src_step, int64_t pixels, int64_t vali
     }
 }
 
-// dst[i * dst_step + j] = src[j * src_step + i] for a square of kLanes: rows i and i + L/2 are zipped, log2(L) times.
-inline void transpose_square(const float* src, int64_t src_step, float* dst, int64_t dst_step) {
-  typedef int Index __attribute__((vector_size(sizeof(Vec))));
-  Index low, high;
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i / 2 + (i % 2) * kLanes;
-    high[i] = low[i] + kLanes / 2;
-  }
-  Vec rows[kLanes], zipped[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    rows[i] = load(src + i * src_step);
-    // So many rows at once are more streams than the hardware follows.
-    prefetch(src + i * src_step + 4 * kLanes);
-    prefetch(dst + i * dst_step + kLanes);
-  }
-#pragma GCC unroll 4
-  for (int stage = 1; stage < kLanes; stage *= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; ++i) {
-      zipped[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
-      zipped[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) rows[i] = zipped[i];
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) store(dst + i * dst_step, rows[i]);
-}
-
-// Squares that cover outs x ins, the last of a row or column overlapping its neighbour; false where there is no room
-// for one. body(o, i)
-template <class Body> inline bool for_squares(int64_t outs, int64_t ins, Body&& body) {
-  if (outs < kLanes || ins < kLanes) return false;
-  for (int64_t o = 0; o < outs; o += kLanes)
-    for (int64_t i = 0; i < ins; i += kLanes)
-      body(o + kLanes <= outs ? o : outs - kLanes, i + kLanes <= ins ? i : ins - kLanes);
-  return true;
-}
-
 // Rows of the weights are often a multiple of 4 KiB apart, so a loop that takes one element of each in turn would miss
 // L1 every time; squares read each cache line once.
 void pack_weights(const float* src, int64_t out_step, int64_t in_step, int64_t outs, int64_t ins, int64_t width,
@@ -186,7 +146,7 @@ void pack_weights(const float* src, int64_t out_step, int64_t in_step, int64_t o
     return;
   }
   if (in_step != 1 || !for_squares(outs, ins, [&](int64_t o, int64_t i) {
-        transpose_square(src + o * out_step + i, out_step, dst + i * width + o, width);
+        transpose_square<Stores::kPlain>(src + o * out_step + i, out_step, dst + i * width + o, width);
       }))
     for (int64_t o = 0; o < outs; ++o)
       for (int64_t i = 0; i < ins; ++i) dst[i * width + o] = src[o * out_step + i * in_step];
@@ -197,7 +157,7 @@ void pack_weights(const float* src, int64_t out_step, int64_t in_step, int64_t o
 void unpack_weights(const float* src, int64_t width, int64_t outs, int64_t ins, float* dst, int64_t out_step,
                     int64_t in_step) {
   if (in_step == 1 && for_squares(outs, ins, [&](int64_t o, int64_t i) {
-        transpose_square(src + i * width + o, width, dst + o * out_step + i, out_step);
+        transpose_square<Stores::kPlain>(src + i * width + o, width, dst + o * out_step + i, out_step);
       }))
     return;
   for (int64_t o = 0; o < outs; ++o)

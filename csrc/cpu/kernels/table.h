@@ -6,6 +6,7 @@
 #include "cpu/kernels/channels.h"
 #include "cpu/kernels/conv2d.h"
 #include "cpu/kernels/elementwise.h"
+#include "cpu/kernels/layout.h"
 #include "cpu/kernels/loss.h"
 #include "cpu/kernels/optimizer.h"
 #include "cpu/kernels/pool2d.h"
@@ -32,6 +33,7 @@ struct KernelTable {
   const char* isa;
   Conv2dKernels conv2d;
   WinogradKernels winograd;
+  LayoutKernels layout;
   Typed<Pool2dKernels> pool2d;
   Typed<BatchNormKernels> batch_norm;
   Typed<ResponseNormKernels> response_norm;

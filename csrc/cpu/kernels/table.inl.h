@@ -6,6 +6,7 @@
 #include "cpu/kernels/conv2d.inl.h"
 #include "cpu/kernels/depthwise.inl.h"
 #include "cpu/kernels/elementwise.inl.h"
+#include "cpu/kernels/layout.inl.h"
 #include "cpu/kernels/loss.inl.h"
 #include "cpu/kernels/optimizer.inl.h"
 #include "cpu/kernels/pool2d.inl.h"
@@ -44,6 +45,7 @@ constexpr KernelTable kernel_table() {
       FC_ISA_NAME,
       conv2d_kernels(),
       winograd_kernels(),
+      {transpose},
       {pool2d_kernels<float>(), pool2d_kernels<double>()},
       {batch_norm_kernels<float>(), batch_norm_kernels<double>()},
       {response_norm_kernels<float>(), response_norm_kernels<double>()},
