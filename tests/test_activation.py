@@ -191,5 +191,11 @@ def test_add(isa):
     for layout in LAYOUTS:
         np.testing.assert_array_equal(fc.add(as_layout(a, layout), b), a + b)
         np.testing.assert_array_equal(fc.add(a, as_layout(b, layout)), a + b)
+        total = a.copy()
+        fc.add_to(total, as_layout(b, layout))
+        np.testing.assert_array_equal(total, a + b)
     with pytest.raises(ValueError):
         fc.add(a, b[:, :, :, :6])
+    for bad, message in ((a[:, :, ::2], "dense"), (np.broadcast_to(a, a.shape), "read-only")):
+        with pytest.raises(ValueError, match=message):
+            fc.add_to(bad, b[:, :, : bad.shape[2]])

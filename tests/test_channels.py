@@ -189,8 +189,20 @@ def test_channel_gate_by_finite_differences():
     reference.assert_gradient(fc.channel_gate, [x, gate], dy, gradients)
 
 
+def test_channel_gate_with_bias(isa):
+    for shape in [(2, 5, 3, 3), (1, 48, 4, 2)]:
+        x, gate, dy = gated(shape)
+        bias = normal("bias", shape=gate.shape)
+        for order in (np.ascontiguousarray, channels_last):
+            y = fc.channel_gate(order(x), gate, order(bias))
+            exact = x.astype(np.float64) * gate + bias
+            assert_within(y, exact, 2 * U * (abs(x * gate) + abs(bias)))
+
+
 def test_channel_gate_bad_arguments():
     x, gate, dy = gated((2, 3, 4, 4))
+    with pytest.raises(ValueError, match="bias must have the shape"):
+        fc.channel_gate(x, gate, gate[:1])
     with pytest.raises(ValueError, match=r"\(2, 3, 1, 1\), got \(2, 4, 1, 1\)"):
         fc.channel_gate(x, np.ones((2, 4, 1, 1), np.float32))
     for bad in (gate[:1], gate[:, :, 0, 0], x):
@@ -240,6 +252,41 @@ def test_squeeze_excitation():
         for key, parameter in layer.named_parameters():
             right_grad = dict(expected.named_parameters())[key].grad.numpy()
             np.testing.assert_allclose(parameter.grad, right_grad, rtol=1e-10, atol=1e-14)
+
+
+def gate_gradients(gate_of, function) -> list[np.ndarray]:
+    """The gradients of x and of the two factors of a gate, of a sum that uses x and y."""
+    data = normal("x", shape=(3, 12, 5, 4), dtype=np.float64)
+    leaves = [Tensor(a, requires_grad=True) for a in (channels_last(data), data[:1, :, :1, :1])]
+    x = leaves[0] * 1.5
+    y = function(x, lambda mean: gate_of(mean, leaves[1]))
+    (y * (x + y)).sum().backward()
+    return [leaf.grad if leaf.grad is not None else np.zeros(1) for leaf in leaves]
+
+
+@pytest.mark.parametrize(
+    "gate_of",
+    [
+        lambda mean, factor: F.sigmoid(mean * factor),
+        lambda mean, factor: F.sigmoid(mean.detach() * factor),
+        lambda mean, factor: F.sigmoid(mean.detach()),
+        lambda mean, factor: mean,
+    ],
+)
+def test_channel_gate_by_mean(gate_of):
+    """The same gradients as the two operations one by one, whatever the gate depends on."""
+    got = gate_gradients(gate_of, F.channel_gate_by_mean)
+    right = gate_gradients(gate_of, lambda x, f: F.channel_gate(x, f(F.global_avg_pool2d(x))))
+    for a, b in zip(got, right, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15)
+
+
+def test_the_mean_of_a_gate_alone():
+    kept = []
+    x = Tensor(normal("x", shape=(2, 3, 4, 5)), requires_grad=True)
+    F.channel_gate_by_mean(x, lambda mean: kept.append(mean) or mean)
+    kept[0].sum().backward()
+    np.testing.assert_array_equal(x.grad, np.full(x.shape, np.float32(1) / np.float32(20)))
 
 
 def test_sums_of_many_pixels_stay_accurate():

@@ -57,6 +57,12 @@ def check_max(case: PoolCase) -> None:
             np.testing.assert_array_equal(dx, dx_ref)
             dx = fc.max_pool2d_backward(order(dy), given, **case.max_arguments, indices=got)
             np.testing.assert_array_equal(dx, dx_ref)
+            y, places = fc.max_pool2d(given, **case.max_arguments, return_places=True)
+            np.testing.assert_array_equal(y, ref)
+            assert places.dtype == np.uint8 and is_channels_last(places) == is_channels_last(got)
+            form = np.full_like(given, np.nan)  # of which only shape and layout count
+            dx = fc.max_pool2d_backward(order(dy), form, **case.max_arguments, places=places)
+            np.testing.assert_array_equal(dx, dx_ref)
 
 
 @pytest.mark.parametrize("case", POOL_CASES, ids=str)
@@ -76,6 +82,30 @@ def test_max_sums_overlapping_gradients(isa):
     ref = backward_oracle(lambda a: F.max_pool2d(a, **case.max_arguments), x, dy)
     scale = backward_oracle(lambda a: F.max_pool2d(a, **case.max_arguments), x, abs(dy))
     assert_within(dx, ref, sum_limit(scale, 25))
+
+
+def test_max_places(isa):
+    x = np.zeros((1, 19, 18, 17), np.float32)
+    x[..., 15, 15] = x[..., 17, 16] = 1
+    _, places = fc.max_pool2d(x, 16, 1, return_places=True)
+    np.testing.assert_array_equal(places[0, 5], [[255, 254], [239, 238], [223, 222]])
+    double = fc.max_pool2d(x.astype(np.float64), 16, 1, return_places=True)[1]
+    np.testing.assert_array_equal(double, places)
+
+
+def test_max_places_bad_arguments():
+    x = np.zeros((1, 2, 20, 20), np.float32)
+    y, places = fc.max_pool2d(x, 4, return_places=True)
+    with pytest.raises(ValueError, match="at most 256 elements, got 17 x 16"):
+        fc.max_pool2d(x, (17, 16), return_places=True)
+    with pytest.raises(ValueError, match="exclude each other"):
+        fc.max_pool2d(x, 4, return_indices=True, return_places=True)
+    with pytest.raises(TypeError, match="places must be uint8, got int64"):
+        fc.max_pool2d_backward(y, x, 4, places=places.astype(np.int64))
+    with pytest.raises(ValueError, match="places must have shape"):
+        fc.max_pool2d_backward(y, x, 4, places=places[:, :1])
+    dx = fc.max_pool2d_backward(y + 1, x, 4, places=np.full_like(places, 16))
+    assert not dx.any()
 
 
 def test_max_ties_go_to_the_first(isa):

@@ -198,20 +198,12 @@ Gradients batch_norm_backward(const py::array& dy_in, const py::array& x_in, con
   return result;
 }
 
-// The sums take an activation only where the kernel itself can undo it.
-Activation parse_clamp(const std::string& name) {
-  const Activation activation = parse_activation(name);
-  FC_CHECK(activation == Activation::kNone || activation == Activation::kReLU || activation == Activation::kReLU6,
-           "activation must be None, 'relu' or 'relu6', got '", name, "'");
-  return activation;
-}
-
 std::tuple<py::array, MaybeArray> batch_norm_backward_sums(const py::array& dy_in, const py::array& x_in,
                                                            const MaybeArray& weight_in, const py::array& mean_in,
                                                            const py::array& rstd_in, const MaybeArray& bias_in,
                                                            const MaybeArray& residual_in,
                                                            const std::string& activation_name) {
-  const Activation activation = parse_clamp(activation_name);
+  const Activation activation = parse_activation(activation_name);
   const TensorView x_view = view(x_in, "input");
   const BatchNormProblem problem = make_batch_norm(x_view.dtype, shape4(x_view, "input"), 0, false);
   const ChannelVector weight(weight_in, "weight", problem), bias(bias_in, "bias", problem);
@@ -236,7 +228,7 @@ py::array batch_norm_backward_input(const py::array& dy_in, const py::array& x_i
                                     const py::array& mean_in, const py::array& rstd_in, const py::array& sum_in,
                                     const py::array& products_in, int64_t count, const MaybeArray& bias_in,
                                     const std::string& activation_name) {
-  const Activation activation = parse_clamp(activation_name);
+  const Activation activation = parse_activation(activation_name);
   const TensorView x_view = view(x_in, "input");
   const BatchNormProblem problem = make_batch_norm(x_view.dtype, shape4(x_view, "input"), 0, false);
   FC_CHECK(count >= problem.rows(), "count must be at least the values per channel of the input, got ", count, " and ",

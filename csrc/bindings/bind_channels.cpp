@@ -75,15 +75,21 @@ std::vector<py::array> cat_backward(const py::array& dy_in, const std::vector<in
   return parts;
 }
 
-py::array channel_gate(const py::array& x_in, const py::array& gate_in) {
-  const TensorView v = view(x_in, "input");
-  check_channel_gate(v, view(gate_in, "gate"));
+py::array channel_gate(const py::array& x_in, const py::array& gate_in, const MaybeArray& bias_in) {
+  const TensorView v = view(x_in, "input"), gate_view = view(gate_in, "gate");
+  check_channel_gate(v, gate_view);
+  std::optional<ChannelsLast> bias;
+  if (bias_in) {
+    check_same_shape("bias", view(*bias_in, "bias"), "gate", gate_view);
+    bias.emplace(*bias_in, "bias");
+  }
   const ChannelsLast x(x_in, "input"), gate(gate_in, "gate");
   const Shape shape = shape4(v, "input");
   Output y(v.dtype, shape, x.layout());
   {
     py::gil_scoped_release nogil;
-    cpu::channel_gate(v.dtype, shape[0], shape[2] * shape[3], shape[1], x.data(), gate.data(), y.data());
+    cpu::channel_gate(v.dtype, shape[0], shape[2] * shape[3], shape[1], x.data(), gate.data(),
+                      bias ? bias->data() : nullptr, y.data());
   }
   return y.finish();
 }
@@ -115,7 +121,7 @@ void bind_channels(py::module_& m) {
   using namespace py::literals;
   m.def("cat", &cat, "arrays"_a, "dim"_a);
   m.def("cat_backward", &cat_backward, "dy"_a, "sizes"_a, "dim"_a);
-  m.def("channel_gate", &channel_gate, "x"_a, "gate"_a);
+  m.def("channel_gate", &channel_gate, "x"_a, "gate"_a, "bias"_a);
   m.def("channel_gate_backward", &channel_gate_backward, "dy"_a, "x"_a, "gate"_a, "needs"_a);
 }
 

@@ -64,6 +64,17 @@ py::array backward(const std::string& name, const py::array& dy_in, const py::ar
   return dx;
 }
 
+// a += b
+void add_to(const py::array& a_in, const py::array& b_in) {
+  const TensorView v = view(a_in, "a"), b_view = view(b_in, "b");
+  check_float("a", v.dtype);
+  check_same_shape("b", b_view, "a", v);
+  FC_CHECK(is_dense(v), "a must be dense to be added to, got shape ", shape_string(v));
+  py::gil_scoped_release nogil;
+  const Dense b(b_view, dense_strides(v));
+  cpu::add(v.dtype, v.data, b.data(), v.data, v.numel());
+}
+
 py::array add(const py::array& a_in, const py::array& b_in) {
   const TensorView v = view(a_in, "a"), b_view = view(b_in, "b");
   check_float("a", v.dtype);
@@ -130,6 +141,7 @@ void bind_elementwise(py::module_& m) {
   m.def("elementwise", &forward, "name"_a, "x"_a, "parameter"_a);
   m.def("elementwise_backward", &backward, "name"_a, "dy"_a, "x"_a, "parameter"_a);
   m.def("add", &add, "a"_a, "b"_a);
+  m.def("add_to", &add_to, "a"_a, "b"_a);
   m.def("dropout", &dropout, "x"_a, "p"_a, "seed"_a, "offset"_a);
   m.def("stochastic_depth", &stochastic_depth, "x"_a, "p"_a, "rows"_a, "seed"_a, "offset"_a);
 }

@@ -11,37 +11,53 @@ namespace {
 
 using MaybeArray = std::optional<py::array>;
 
+// A place is a byte.
+void check_places(Pair kernel) {
+  FC_CHECK(kernel[0] * kernel[1] <= 256, "places are for windows of at most 256 elements, got ", kernel[0], " x ",
+           kernel[1]);
+}
+
 std::tuple<py::array, MaybeArray> max_pool2d(const py::array& x_in, Pair kernel, Pair stride, Pair padding,
-                                             Pair dilation, bool ceil_mode, bool return_indices) {
+                                             Pair dilation, bool ceil_mode, bool return_indices, bool return_places) {
   const TensorView x_view = view(x_in, "input");
   const Pool2dProblem problem =
       make_max_pool2d(x_view.dtype, shape4(x_view, "input"), kernel, stride, padding, dilation, ceil_mode);
   const ChannelsLast x(x_in, "input");
   Output y(problem.dtype, problem.y_shape(), x.layout());
-  std::optional<Output> indices;
-  if (return_indices) indices.emplace(DType::kInt64, problem.y_shape(), x.layout());
+  std::optional<Output> where;
+  if (return_indices) where.emplace(DType::kInt64, problem.y_shape(), x.layout());
+  if (return_places) {
+    check_places(kernel);
+    where.emplace(DType::kUInt8, problem.y_shape(), x.layout());
+  }
   {
     py::gil_scoped_release nogil;
-    cpu::max_pool2d(problem, x.data(), y.data(), indices ? static_cast<int64_t*>(indices->data()) : nullptr);
+    cpu::max_pool2d(problem, x.data(), y.data(), return_indices ? static_cast<int64_t*>(where->data()) : nullptr,
+                    return_places ? static_cast<uint8_t*>(where->data()) : nullptr);
   }
-  MaybeArray where;
-  if (indices) where = indices->finish();
-  return {y.finish(), where};
+  return {y.finish(), where ? MaybeArray(where->finish()) : std::nullopt};
 }
 
 py::array max_pool2d_backward(const py::array& dy_in, const py::array& x_in, Pair kernel, Pair stride, Pair padding,
-                              Pair dilation, bool ceil_mode, const MaybeArray& indices_in) {
+                              Pair dilation, bool ceil_mode, const MaybeArray& indices_in,
+                              const MaybeArray& places_in) {
   const TensorView x_view = view(x_in, "input"), dy_view = view(dy_in, "dy");
   const Pool2dProblem problem =
       make_max_pool2d(x_view.dtype, shape4(x_view, "input"), kernel, stride, padding, dilation, ceil_mode);
   check_dtype("dy", dy_view, problem.dtype);
   check_shape4("dy", dy_view, problem.y_shape());
-  std::optional<ChannelsLast> indices, x;
+  std::optional<ChannelsLast> indices, places, x;
+  const auto where = [&](const MaybeArray& given, const char* name, DType dtype, std::optional<ChannelsLast>& out) {
+    const TensorView v = view(*given, name);
+    check_dtype(name, v, dtype);
+    check_shape4(name, v, problem.y_shape());
+    out.emplace(*given, name);
+  };
   if (indices_in) {
-    const TensorView v = view(*indices_in, "indices");
-    check_dtype("indices", v, DType::kInt64);
-    check_shape4("indices", v, problem.y_shape());
-    indices.emplace(*indices_in, "indices");
+    where(indices_in, "indices", DType::kInt64, indices);
+  } else if (places_in) {
+    check_places(kernel);
+    where(places_in, "places", DType::kUInt8, places);
   } else {
     x.emplace(x_in, "input");
   }
@@ -51,6 +67,8 @@ py::array max_pool2d_backward(const py::array& dy_in, const py::array& x_in, Pai
     py::gil_scoped_release nogil;
     if (indices)
       cpu::max_pool2d_backward_indices(problem, dy.data(), static_cast<const int64_t*>(indices->data()), dx.data());
+    else if (places)
+      cpu::max_pool2d_backward_places(problem, dy.data(), static_cast<const uint8_t*>(places->data()), dx.data());
     else
       cpu::max_pool2d_backward(problem, dy.data(), x->data(), dx.data());
   }
@@ -117,9 +135,9 @@ py::array adaptive_avg_pool2d_backward(const py::array& dy, const py::array& x) 
 void bind_pool2d(py::module_& m) {
   using namespace py::literals;
   m.def("max_pool2d", &max_pool2d, "x"_a, "kernel_size"_a, "stride"_a, "padding"_a, "dilation"_a, "ceil_mode"_a,
-        "return_indices"_a);
+        "return_indices"_a, "return_places"_a);
   m.def("max_pool2d_backward", &max_pool2d_backward, "dy"_a, "x"_a, "kernel_size"_a, "stride"_a, "padding"_a,
-        "dilation"_a, "ceil_mode"_a, "indices"_a);
+        "dilation"_a, "ceil_mode"_a, "indices"_a, "places"_a);
   m.def("avg_pool2d", &avg_pool2d, "x"_a, "kernel_size"_a, "stride"_a, "padding"_a, "ceil_mode"_a,
         "count_include_pad"_a, "divisor_override"_a);
   m.def("avg_pool2d_backward", &avg_pool2d_backward, "dy"_a, "x"_a, "kernel_size"_a, "stride"_a, "padding"_a,

@@ -21,7 +21,6 @@ size_t rounded(size_t bytes) {
   bytes = std::max(bytes, kAlign);
   size_t step = kAlign;
   while (step * 16 <= bytes) step *= 2;
-  if (bytes >= kHuge) step = std::max(step, kHuge);
   if (bytes > SIZE_MAX - step) throw std::bad_alloc();
   return (bytes + step - 1) / step * step;
 }

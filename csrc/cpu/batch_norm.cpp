@@ -1,15 +1,13 @@
 // Statistics: a block of rows that fits the cache gives mean and squared distances in two passes; blocks are merged in
 // order by Chan's formula in double, first within a chunk, then chunks (Chan, Golub and LeVeque, "Algorithms for
 // computing the sample variance", The American Statistician 37, 1983). Forward in training reads x twice and writes y
-// once; backward reads dy and x twice and writes dx once, finding the activation's mask again on the way.
+// once; backward reads dy and x twice and writes dx once, finding the activation's derivative again on the way.
 #include "cpu/batch_norm.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "core/allocator.h"
-#include "cpu/elementwise.h"
 #include "cpu/parallel.h"
 #include "cpu/registry.h"
 
@@ -21,6 +19,9 @@ constexpr int64_t kMaxBlockRows = 256;         // bounds the rounding error of a
 constexpr int64_t kMinBlockRows = 64;          // bounds the work of merging blocks of many channels
 constexpr int64_t kChunkElements = 64 * 1024;  // of a chunk that has sums of its own
 constexpr int64_t kMaxChunks = 64;
+constexpr int64_t kStreamBytes = 16 << 20;  // an output of this size leaves the caches before anybody reads it
+
+static_assert(static_cast<int>(Activation::kHardswish) + 1 == kBatchNormActivations);
 
 int64_t block_rows(int64_t channels) {
   return std::clamp(kBlockElements / std::max<int64_t>(channels, 1), kMinBlockRows, kMaxBlockRows);
@@ -124,31 +125,39 @@ template <class T> struct Affine {
 
 template <class T>
 BatchNormRows<T> rows_at(const BatchNormProblem& a, const BatchNormArguments& args, const Affine<T>& affine,
-                         int64_t row, int64_t rows) {
+                         int64_t row, int64_t rows, bool streaming = false) {
   const int64_t at = row * a.channels();
   const auto *x = static_cast<const T*>(args.x), *residual = static_cast<const T*>(args.residual);
-  return {x + at,       residual ? residual + at : nullptr, rows,
-          a.channels(), static_cast<const T*>(args.mean),   affine.scale,
-          affine.bias};
+  return {x + at,
+          residual ? residual + at : nullptr,
+          rows,
+          a.channels(),
+          static_cast<const T*>(args.mean),
+          affine.scale,
+          affine.bias,
+          streaming};
 }
 
-// The kernel that fuses this activation; the others are applied to the whole array before or after.
-bool fused(Activation activation) {
-  return activation == Activation::kNone || activation == Activation::kReLU || activation == Activation::kReLU6;
+// Whether the rows of an output go around the caches: that takes whole vectors.
+template <class T> bool worth_streaming(const BatchNormProblem& a, const T* out) {
+  constexpr int64_t kLine = 64;
+  const int64_t row_bytes = a.channels() * static_cast<int64_t>(sizeof(T));
+  return row_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(out) % kLine == 0 &&
+         a.rows() * row_bytes >= kStreamBytes;
 }
-int clamp_of(Activation activation) {
-  if (activation == Activation::kReLU) return static_cast<int>(Clamp::kReLU);
-  if (activation == Activation::kReLU6) return static_cast<int>(Clamp::kReLU6);
-  return static_cast<int>(Clamp::kNone);
+
+// So many operations that finding the derivative a second time takes longer than storing dz.
+bool costly(Activation activation) {
+  return activation == Activation::kSiLU || activation == Activation::kSigmoid || activation == Activation::kTanh;
 }
 
 template <class T> void forward(const BatchNormProblem& a, const BatchNormArguments& args, T* y) {
   const Affine<T> affine(a, args);
-  const auto kernel = kernels().batch_norm.of<T>().forward[clamp_of(args.activation)];
+  const auto kernel = kernels().batch_norm.of<T>().forward[static_cast<int>(args.activation)];
+  const bool streaming = worth_streaming(a, y);
   parallel_rows(a.rows(), a.channels(), [&](int64_t row, int64_t rows) {
-    kernel(rows_at<T>(a, args, affine, row, rows), y + row * a.channels());
+    kernel(rows_at<T>(a, args, affine, row, rows, streaming), y + row * a.channels());
   });
-  if (!fused(args.activation)) apply_activation(args.activation, a.dtype, y, a.rows() * a.channels());
 }
 
 // totals: sum of dz, then sum of dz (x - mean), of each channel. dz is stored unless null.
@@ -156,7 +165,7 @@ template <class T>
 void gradient_sums(const BatchNormProblem& a, const BatchNormArguments& args, const Affine<T>& affine, const T* dy,
                    T* dz, double* totals) {
   const int64_t channels = a.channels(), chunks = chunk_count(a.rows(), channels);
-  const auto kernel = kernels().batch_norm.of<T>().backward_sums[clamp_of(args.activation)];
+  const auto kernel = kernels().batch_norm.of<T>().backward_sums[static_cast<int>(args.activation)];
   Buffer sums(chunks * 2 * channels * sizeof(double));
   parallel_for(chunks, [&](int64_t i, int) {
     double* chunk = sums.as<double>() + 2 * i * channels;
@@ -177,7 +186,7 @@ template <class T>
 void backward_input(const BatchNormProblem& a, const BatchNormArguments& args, const Affine<T>& affine, const T* dy,
                     const double* sum, const double* products, int64_t count, T* dx) {
   const int64_t channels = a.channels();
-  const auto kernel = kernels().batch_norm.of<T>().backward_input[clamp_of(args.activation)];
+  const auto kernel = kernels().batch_norm.of<T>().backward_input[static_cast<int>(args.activation)];
   const Buffer vectors(2 * channels * sizeof(T));
   T *mean_dz = vectors.as<T>(), *slope = mean_dz + channels;
   const auto* rstd = static_cast<const T*>(args.rstd);
@@ -186,15 +195,16 @@ void backward_input(const BatchNormProblem& a, const BatchNormArguments& args, c
     mean_dz[c] = static_cast<T>(sum[c] / values);
     slope[c] = static_cast<T>(products[c] * r * r / values);
   }
+  const bool streaming = dx != dy && worth_streaming(a, dx);
   parallel_rows(a.rows(), channels, [&](int64_t row, int64_t rows) {
     const int64_t at = row * channels;
-    kernel(rows_at<T>(a, args, affine, row, rows), dy + at, mean_dz, slope, dx + at);
+    kernel(rows_at<T>(a, args, affine, row, rows, streaming), dy + at, mean_dz, slope, dx + at);
   });
 }
 
 template <class T>
-void backward_fused(const BatchNormProblem& a, BatchNormArguments args, const T* dy, bool training,
-                    const BatchNormGradients& out) {
+void backward(const BatchNormProblem& a, BatchNormArguments args, const T* dy, bool training,
+              const BatchNormGradients& out) {
   const int64_t rows = a.rows(), channels = a.channels();
   const Affine<T> affine(a, args);
   const auto& kernel = kernels().batch_norm.of<T>();
@@ -205,44 +215,31 @@ void backward_fused(const BatchNormProblem& a, BatchNormArguments args, const T*
   const Buffer vectors(2 * channels * sizeof(double));
   auto* totals = vectors.as<double>();
   if (sums || !dx) {
-    gradient_sums<T>(a, args, affine, dy, dresidual, totals);
+    T* dz = dresidual ? dresidual : dx && costly(args.activation) ? dx : nullptr;
+    gradient_sums<T>(a, args, affine, dy, dz, totals);
     const auto* rstd = static_cast<const T*>(args.rstd);
     for (int64_t c = 0; c < channels; ++c) {
       if (out.dweight) static_cast<T*>(out.dweight)[c] = static_cast<T>(totals[channels + c] * rstd[c]);
       if (out.dbias) static_cast<T*>(out.dbias)[c] = static_cast<T>(totals[c]);
     }
-    if (dresidual) {  // the mask has been applied: the second pass need not find it again
-      dy = dresidual;
+    if (dz) {  // the derivative has been applied: the second pass need not find it again
+      dy = dz;
       dresidual = nullptr;
       args.activation = Activation::kNone;
     }
   }
   if (!dx) return;
-  // z serves the mask alone.
+  // z serves the activation alone.
   if (args.activation == Activation::kNone) args.residual = nullptr;
   if (!training) {
     parallel_rows(rows, channels, [&](int64_t row, int64_t count) {
       const int64_t at = row * channels;
-      kernel.backward_constant[clamp_of(args.activation)](rows_at<T>(a, args, affine, row, count), dy + at, dx + at,
-                                                          dresidual ? dresidual + at : nullptr);
+      kernel.backward_constant[static_cast<int>(args.activation)](rows_at<T>(a, args, affine, row, count), dy + at,
+                                                                  dx + at, dresidual ? dresidual + at : nullptr);
     });
     return;
   }
   backward_input<T>(a, args, affine, dy, totals, totals + channels, rows, dx);
-}
-
-// Another activation: z again, then its gradient as the dy of a plain normalisation.
-template <class T>
-void backward_composed(const BatchNormProblem& a, BatchNormArguments args, const T* dy, bool training,
-                       const BatchNormGradients& out) {
-  const int64_t total = a.rows() * a.channels();
-  const Activation activation = args.activation;
-  args.activation = Activation::kNone;
-  Buffer z(total * sizeof(T));
-  forward<T>(a, args, z.as<T>());
-  apply_activation_backward(activation, a.dtype, dy, z.as<T>(), z.as<T>(), total);
-  args.residual = nullptr;
-  backward_fused<T>(a, args, z.as<T>(), training, out);
 }
 
 }  // namespace
@@ -307,10 +304,7 @@ void batch_norm_backward(const BatchNormProblem& a, const BatchNormArguments& ar
                          const BatchNormGradients& out) {
   dispatch_float(a.dtype, [&](auto t) {
     using T = decltype(t);
-    if (fused(args.activation))
-      backward_fused<T>(a, args, static_cast<const T*>(dy), training, out);
-    else
-      backward_composed<T>(a, args, static_cast<const T*>(dy), training, out);
+    backward<T>(a, args, static_cast<const T*>(dy), training, out);
   });
 }
 

@@ -44,7 +44,7 @@ struct BatchNormGradients {
 
 // The two halves of the backward pass in training, for a batch that is spread over several processes: the sums of one
 // part, then its dx from the sums over all parts, which have `count` values a channel together.
-// dz is the gradient in front of the activation, which is none, ReLU or ReLU6; it is stored unless null.
+// dz is the gradient in front of the activation; it is stored unless null.
 // totals: the sum of dz of each channel, then the sum of the products dz (x - mean).
 void batch_norm_backward_sums(const BatchNormProblem&, const BatchNormArguments&, const void* dy, void* dz,
                               double* totals);

@@ -57,14 +57,16 @@ void split(int64_t outer, const char* joined, const std::vector<Slice>& slices) 
 }
 
 void channel_gate(DType dtype, int64_t images, int64_t pixels, int64_t channels, const void* x, const void* gate,
-                  void* y) {
+                  const void* bias, void* y) {
   dispatch_float(dtype, [&](auto t) {
     using T = decltype(t);
     const auto kernel = kernels().channels.of<T>().gate;
     const auto *from = static_cast<const T*>(x), *factors = static_cast<const T*>(gate);
+    const auto* addends = static_cast<const T*>(bias);
     parallel_pixels(images, pixels, channels, [&](int64_t, int64_t image, Range range) {
       const int64_t at = (image * pixels + range.begin) * channels;
-      kernel(from + at, factors + image * channels, static_cast<T*>(y) + at, range.end - range.begin, channels);
+      kernel(from + at, factors + image * channels, addends ? addends + image * channels : nullptr,
+             static_cast<T*>(y) + at, range.end - range.begin, channels);
     });
   });
 }

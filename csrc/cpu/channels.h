@@ -19,8 +19,9 @@ void concatenate(int64_t outer, const std::vector<Slice>& slices, char* joined);
 // The inverse.
 void split(int64_t outer, const char* joined, const std::vector<Slice>& slices);
 
-// y = x gate, with x, y dense [images][pixels][channels] and gate [images][channels].
-void channel_gate(DType, int64_t images, int64_t pixels, int64_t channels, const void* x, const void* gate, void* y);
+// y = x gate + bias, with x, y dense [images][pixels][channels], gate and bias [images][channels]; bias null: 0.
+void channel_gate(DType, int64_t images, int64_t pixels, int64_t channels, const void* x, const void* gate,
+                  const void* bias, void* y);
 // dx = dy gate; dgate = sum of dy x over the pixels. Each may be null: not wanted.
 void channel_gate_backward(DType, int64_t images, int64_t pixels, int64_t channels, const void* dy, const void* x,
                            const void* gate, void* dx, void* dgate);

@@ -25,6 +25,7 @@ constexpr ConvForward kForward[] = {
 constexpr ConvBackwardInput kBackwardInput[] = {
     {"depthwise", depthwise::supports, depthwise::backward_input},
     {"first_layer", first_layer::supports_backward_input, first_layer::backward_input},
+    {"few_pixels", few_pixels::supports_backward, few_pixels::backward_input},
     {"pointwise", pointwise::supports, pointwise::backward_input},
     {"winograd", winograd::supports_backward_input, winograd::backward_input},
     {"direct", direct::supports, direct::backward_input},
@@ -34,6 +35,7 @@ constexpr ConvBackwardInput kBackwardInput[] = {
 constexpr ConvBackwardWeight kBackwardWeight[] = {
     {"depthwise", depthwise::supports, depthwise::backward_weight},
     {"first_layer", first_layer::supports, first_layer::backward_weight},
+    {"few_pixels", few_pixels::supports_backward, few_pixels::backward_weight},
     {"pointwise", pointwise::supports, pointwise::backward_weight},
     {"winograd", winograd::supports, winograd::backward_weight},
     {"direct", direct::supports, direct::backward_weight},
@@ -57,6 +59,7 @@ int64_t elements(const Shape& s) { return s[0] * s[1] * s[2] * s[3]; }
 void set_conv2d_algorithm(const std::string& name) {
   bool known = name.empty();
   for (const auto& implementation : kForward) known = known || name == implementation.name;
+  for (const auto& implementation : kBackwardInput) known = known || name == implementation.name;
   FC_CHECK(known, "no convolution algorithm named '", name, "'");
   std::lock_guard<std::mutex> lock(algorithm_mutex);
   forced_algorithm = name;

@@ -78,6 +78,12 @@ void backward_input(const Conv2dProblem&, const BackwardInputArguments&);
 void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
 }  // namespace pointwise
 
+namespace few_pixels {
+const char* supports_backward(const Conv2dProblem&);
+void backward_input(const Conv2dProblem&, const BackwardInputArguments&);
+void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
+}  // namespace few_pixels
+
 namespace first_layer {
 const char* supports(const Conv2dProblem&);
 const char* supports_backward_input(const Conv2dProblem&);

@@ -20,6 +20,14 @@ template <class Body> void parallel_elements(int64_t n, Body&& body) {
                   [&](int64_t begin, int64_t end) { body(begin * kUnit, std::min(end * kUnit, n) - begin * kUnit); });
 }
 
+// An array of this size leaves the caches before anybody reads it, so it is better written around them; not where it
+// overwrites what has just been read.
+constexpr int64_t kStreamBytes = 16 << 20;
+bool worth_streaming(DType dtype, const void* out, const void* read, int64_t n) {
+  constexpr int64_t kLine = 64;
+  return out != read && reinterpret_cast<uintptr_t>(out) % kLine == 0 && n * itemsize(dtype) >= kStreamBytes;
+}
+
 Elementwise function_of(Activation activation) {
   switch (activation) {
     case Activation::kReLU6: return Elementwise::kReLU6;
@@ -39,7 +47,9 @@ void elementwise(Elementwise function, DType dtype, const void* x, void* y, int6
     const auto kernel = kernels().elementwise.of<T>().forward[static_cast<int>(function)];
     const auto* from = static_cast<const T*>(x);
     auto* to = static_cast<T*>(y);
-    parallel_elements(n, [&](int64_t i, int64_t count) { kernel(from + i, to + i, count, static_cast<T>(parameter)); });
+    const bool streaming = worth_streaming(dtype, y, x, n);
+    parallel_elements(
+        n, [&](int64_t i, int64_t count) { kernel(from + i, to + i, count, static_cast<T>(parameter), streaming); });
   });
 }
 
@@ -50,8 +60,10 @@ void elementwise_backward(Elementwise function, DType dtype, const void* dy, con
     const auto kernel = kernels().elementwise.of<T>().backward[static_cast<int>(function)];
     const auto *g = static_cast<const T*>(dy), *at = static_cast<const T*>(x);
     auto* to = static_cast<T*>(dx);
-    parallel_elements(
-        n, [&](int64_t i, int64_t count) { kernel(g + i, at + i, to + i, count, static_cast<T>(parameter)); });
+    const bool streaming = worth_streaming(dtype, dx, dx == x ? x : dy, n);
+    parallel_elements(n, [&](int64_t i, int64_t count) {
+      kernel(g + i, at + i, to + i, count, static_cast<T>(parameter), streaming);
+    });
   });
 }
 
@@ -61,7 +73,8 @@ void add(DType dtype, const void* a, const void* b, void* y, int64_t n) {
     const auto kernel = kernels().elementwise.of<T>().add;
     const auto *first = static_cast<const T*>(a), *second = static_cast<const T*>(b);
     auto* to = static_cast<T*>(y);
-    parallel_elements(n, [&](int64_t i, int64_t count) { kernel(first + i, second + i, to + i, count); });
+    const bool streaming = worth_streaming(dtype, y, a, n);
+    parallel_elements(n, [&](int64_t i, int64_t count) { kernel(first + i, second + i, to + i, count, streaming); });
   });
 }
 

@@ -8,7 +8,7 @@ namespace fastconv::cpu {
 
 void elementwise(Elementwise, DType, const void* x, void* y, int64_t n, double parameter);  // y may be x
 void elementwise_backward(Elementwise, DType, const void* dy, const void* x, void* dx, int64_t n, double parameter);
-void add(DType, const void* a, const void* b, void* y, int64_t n);
+void add(DType, const void* a, const void* b, void* y, int64_t n);  // y may be a
 
 // y = activation(y)
 void apply_activation(Activation, DType, void* y, int64_t n);

@@ -17,6 +17,7 @@ namespace {
 // Channels of a chunk of an overlapping backward pass, when there are fewer images than this.
 constexpr int64_t kChannelBlock = 64;
 constexpr int64_t kManyImages = 16;
+constexpr int64_t kStreamBytes = 16 << 20;  // a gradient of this size leaves the caches before anybody reads it
 
 std::vector<PoolWindow> column_windows(const Pool2dProblem& a) {
   std::vector<PoolWindow> windows;
@@ -82,6 +83,10 @@ template <class T> void zero_gaps(const Pool2dProblem& a, int64_t begin, int64_t
 template <class T, class Kernel>
 void backward_disjoint(const Pool2dProblem& a, const std::vector<PoolWindow>& windows, const T* dy, const T* x, T* dx,
                        Kernel&& kernel) {
+  constexpr int64_t kLine = 64;
+  const bool streaming = a.c * static_cast<int64_t>(sizeof(T)) % kLine == 0 &&
+                         reinterpret_cast<uintptr_t>(dx) % kLine == 0 &&
+                         a.n * a.h * a.w * a.c * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
   int64_t covered = 0;
   for (const AxisWindow& window : a.columns.windows) covered += window.count;
   parallel_ranges(a.n * a.p(), rows_per_chunk(a), [&](int64_t begin, int64_t end) {
@@ -93,8 +98,10 @@ void backward_disjoint(const Pool2dProblem& a, const std::vector<PoolWindow>& wi
       const int64_t next = p + 1 < a.p() ? a.rows.windows[p + 1].begin : a.h;
       zero(image + first * a.w * a.c, (rows.begin - first) * a.w * a.c);
       if (covered < a.w) zero_gaps(a, rows.begin, last, image);
-      kernel(row_of<T>(a, windows, p, x ? x + n * a.h * a.w * a.c : nullptr, image,
-                       const_cast<T*>(dy) + n * a.p() * a.q() * a.c));
+      PoolRow<T> row = row_of<T>(a, windows, p, x ? x + n * a.h * a.w * a.c : nullptr, image,
+                                 const_cast<T*>(dy) + n * a.p() * a.q() * a.c);
+      row.streaming = streaming;
+      kernel(row);
       zero(image + last * a.w * a.c, (next - last) * a.w * a.c);
     }
   });
@@ -176,11 +183,15 @@ template <class T> void scatter(const Pool2dProblem& a, const T* dy, const int64
 
 }  // namespace
 
-void max_pool2d(const Pool2dProblem& a, const void* x, void* y, int64_t* indices) {
+void max_pool2d(const Pool2dProblem& a, const void* x, void* y, int64_t* indices, uint8_t* places) {
   dispatch_float(a.dtype, [&](auto t) {
     using T = decltype(t);
     const auto& kernel = kernels().pool2d.of<T>();
-    forward<T>(a, static_cast<const T*>(x), static_cast<T*>(y), [&](const PoolRow<T>& row, int64_t p, int64_t image) {
+    forward<T>(a, static_cast<const T*>(x), static_cast<T*>(y), [&](PoolRow<T> row, int64_t p, int64_t image) {
+      if (places) {
+        row.place = places + (row.y - static_cast<T*>(y));
+        return kernel.max_place(row);
+      }
       if (!indices) return kernel.max(row);
       const int64_t first_row = a.rows.windows[p].count > 0 ? a.rows.windows[p].begin : 0;
       kernel.max_index(row, first_row * a.w, indices + (image * a.p() + p) * a.q() * a.c);
@@ -203,6 +214,18 @@ void max_pool2d_backward(const Pool2dProblem& a, const void* dy, const void* x, 
     const auto& kernel = kernels().pool2d.of<T>();
     backward<T>(a, static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx),
                 [&](const PoolRow<T>& row) { kernel.max_backward(row); });
+  });
+}
+
+void max_pool2d_backward_places(const Pool2dProblem& a, const void* dy, const uint8_t* places, void* dx) {
+  dispatch_float(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    const auto& kernel = kernels().pool2d.of<T>();
+    const auto* first = static_cast<const T*>(dy);
+    backward<T>(a, first, nullptr, static_cast<T*>(dx), [&](PoolRow<T> row) {
+      row.place = const_cast<uint8_t*>(places) + (row.y - first);
+      kernel.max_place_backward(row);
+    });
   });
 }
 

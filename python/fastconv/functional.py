@@ -7,14 +7,26 @@ of the same name in `fastconv.ops`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 
 from fastconv import init, ops
+from fastconv.ops._arrays import pair
 from fastconv.ops.dropout import check_mode, check_probability
-from fastconv.tensor import Array, Needs, Tensor, apply, as_tensor, records, to_numpy
+from fastconv.tensor import (
+    Array,
+    Needs,
+    Tensor,
+    apply,
+    as_tensor,
+    form_of,
+    is_computed_from,
+    records,
+    to_numpy,
+)
 
 if TYPE_CHECKING:
     from fastconv.distributed import Communicator
@@ -121,13 +133,6 @@ def batch_norm(
     """
     check_activation(activation)
     inputs = (as_tensor(x), _optional(weight), _optional(bias), _optional(residual))
-    if activation is not None and activation not in _FROM_OUTPUT and records(inputs):
-        x, weight, bias, residual = inputs
-        options: dict[str, Any] = {"residual": residual, "communicator": communicator}
-        y = batch_norm(
-            x, running_mean, running_var, weight, bias, training, momentum, eps, **options
-        )
-        return activate(y, activation)
     xd, wd, bd, rd = (_data(t) for t in inputs)
     fused: dict[str, Any] = {"residual": rd, "activation": activation}
     moments = None
@@ -231,19 +236,25 @@ def max_pool2d(
 ) -> Tensor | tuple[Tensor, Array]:
     """Largest value of each window, and its flat index in the H*W plane (int64) where asked for.
 
-    The backward finds the maxima again from x, so nothing but x is kept.
+    For the backward a byte is kept for each value, and nothing of x (for kernels of more than 256
+    elements, x).
     """
     x = as_tensor(x)
-    xd = x.data
     sizes = (kernel_size, stride, padding, dilation, ceil_mode)
-    result = ops.max_pool2d(xd, *sizes, return_indices=return_indices)
-    y, indices = result if return_indices else (result, None)
+    where: dict[str, Array] = {}
+    if return_indices:
+        y, where["indices"] = ops.max_pool2d(x.data, *sizes, return_indices=True)
+    elif records((x,)) and math.prod(pair(kernel_size, "kernel_size")) <= 256:
+        y, where["places"] = ops.max_pool2d(x.data, *sizes, return_places=True)
+    else:
+        y = ops.max_pool2d(x.data, *sizes)
+    xd = form_of(x.data) if where else x.data
 
     def backward(dy: Array, _: Needs) -> Sequence[Array | None]:
-        return (ops.max_pool2d_backward(dy, xd, *sizes, indices=indices),)
+        return (ops.max_pool2d_backward(dy, xd, *sizes, **where),)
 
     pooled = apply(y, (x,), backward)
-    return pooled if indices is None else (pooled, indices)
+    return (pooled, where["indices"]) if return_indices else pooled
 
 
 def avg_pool2d(
@@ -257,7 +268,7 @@ def avg_pool2d(
 ) -> Tensor:
     """Mean of each window."""
     sizes = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    return _of_one(ops.avg_pool2d, ops.avg_pool2d_backward, x, *sizes)
+    return _of_one_form(ops.avg_pool2d, ops.avg_pool2d_backward, x, *sizes)
 
 
 def adaptive_avg_pool2d(
@@ -265,17 +276,17 @@ def adaptive_avg_pool2d(
 ) -> Tensor:
     """Mean over the windows that divide the image into output_size parts."""
     x = as_tensor(x)
-    xd = x.data
+    form = form_of(x.data)
     return apply(
-        ops.adaptive_avg_pool2d(xd, output_size),
+        ops.adaptive_avg_pool2d(x.data, output_size),
         (x,),
-        lambda dy, _: (ops.adaptive_avg_pool2d_backward(dy, xd),),
+        lambda dy, _: (ops.adaptive_avg_pool2d_backward(dy, form),),
     )
 
 
 def global_avg_pool2d(x: Input) -> Tensor:
     """Mean over the whole image: [N,C,H,W] -> [N,C,1,1]."""
-    return _of_one(ops.global_avg_pool2d, ops.global_avg_pool2d_backward, x)
+    return _of_one_form(ops.global_avg_pool2d, ops.global_avg_pool2d_backward, x)
 
 
 def _of_one(
@@ -285,6 +296,15 @@ def _of_one(
     x = as_tensor(x)
     xd = x.data
     return apply(forward(xd, *settings), (x,), lambda dy, _: (backward(dy, xd, *settings),))
+
+
+def _of_one_form(
+    forward: Callable[..., Array], backward: Callable[..., Array], x: Input, *settings: Any
+) -> Tensor:
+    """An operation of one tensor whose backward takes x for its shape and layout alone."""
+    x = as_tensor(x)
+    form = form_of(x.data)
+    return apply(forward(x.data, *settings), (x,), lambda dy, _: (backward(dy, form, *settings),))
 
 
 def _of_one_from_output(
@@ -446,6 +466,35 @@ def channel_gate(x: Input, gate: Input) -> Tensor:
     return apply(ops.channel_gate(xd, gd), inputs, backward)
 
 
+def channel_gate_by_mean(x: Input, gate_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """channel_gate(x, gate_of(mean)), mean[N,C,1,1] that of each channel's plane.
+
+    The backward writes the gradient of x once, its share through the gate and that through the mean
+    together: the operations one by one would write both, and read both to add them.
+    """
+    x = as_tensor(x)
+    xd = x.data
+    outer: list[tuple[Array, Array]] = []  # dy and gate, from the backward of the product
+
+    def mean_backward(dmean: Array, _: Needs) -> Sequence[Array | None]:
+        if not outer:  # the mean without the product
+            return (ops.adaptive_avg_pool2d_backward(dmean, xd),)
+        dy, gate = outer.pop()
+        return (ops.channel_gate(dy, gate, dmean / dmean.dtype.type(xd.shape[2] * xd.shape[3])),)
+
+    mean = apply(ops.adaptive_avg_pool2d(xd, 1), (x,), mean_backward)
+    gate = gate_of(mean)
+    if not is_computed_from(gate, mean):
+        return channel_gate(x, gate)
+    gd = gate.data
+
+    def backward(dy: Array, _: Needs) -> Sequence[Array | None]:
+        outer.append((dy, gd))
+        return None, ops.channel_gate_backward(dy, xd, gd, needs=(False, True))[1]
+
+    return apply(ops.channel_gate(xd, gd), (x, gate), backward)
+
+
 def flatten(x: Input, start_dim: int = 0, end_dim: int = -1) -> Tensor:
     """Joins the dimensions start_dim..end_dim (inclusive) into one."""
     return as_tensor(x).flatten(start_dim, end_dim)
@@ -461,8 +510,8 @@ ACTIVATIONS: dict[str, Callable[[Input], Tensor]] = {
 }
 """The activations that `conv2d` and `batch_norm` can apply to their result, by name."""
 
-# Activations whose derivative can be told from their output: fused in training too, because the
-# output alone is kept.
+# Activations whose derivative can be told from their output: fused with a convolution in training
+# too, because the output alone is kept.
 _FROM_OUTPUT: dict[str, Callable[[Array, Array], Array]] = {
     "relu": lambda dy, y: ops.relu_backward(dy, y),
     "relu6": lambda dy, y: ops.relu6_backward(dy, y),

@@ -650,8 +650,13 @@ class SqueezeExcitation(Module):
 
     def forward(self, x: Any) -> Tensor:
         x = F.as_tensor(x)
-        squeezed = self.activation(self.fc1(self.avgpool(x)))
-        return F.channel_gate(x, self.scale_activation(self.fc2(squeezed)))
+        if self.avgpool._forward_hooks:
+            return F.channel_gate(x, self._gate(self.avgpool(x)))
+        return F.channel_gate_by_mean(x, self._gate)
+
+    def _gate(self, mean: Tensor) -> Tensor:
+        gate: Tensor = self.scale_activation(self.fc2(self.activation(self.fc1(mean))))
+        return gate
 
 
 class Softmax(Module):

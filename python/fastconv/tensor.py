@@ -348,6 +348,21 @@ def records(inputs: Iterable[Tensor | None]) -> bool:
     return _grad_mode.enabled and any(t is not None and t.requires_grad for t in inputs)
 
 
+def is_computed_from(tensor: Tensor, source: Tensor) -> bool:
+    """Whether a gradient of `tensor` reaches `source`, which an operation computed."""
+    stack, seen = [tensor._node], {tensor._node}
+    while stack:
+        node = stack.pop()
+        if node is not None and node is source._node:
+            return True
+        # What was recorded before `source` cannot depend on it.
+        if node is not None and source._node is not None and node.number > source._node.number:
+            found = {s for s in node.sources if isinstance(s, _Node)} - seen
+            seen |= found
+            stack += found
+    return False
+
+
 def apply(output: Any, inputs: Sequence[Tensor | None], backward: Backward) -> Tensor:
     """Wraps the array `output`, computed from `inputs`, and records how its gradient flows back.
 
@@ -355,7 +370,7 @@ def apply(output: Any, inputs: Sequence[Tensor | None], backward: Backward) -> T
         inputs[i] requires a gradient. Returns one gradient for each input, with that input's shape,
         or None where it is not needed or
         zero. It must not write to dy, and every array it returns must be new, or dy itself or a
-        view of it.
+        view of it: later gradients of the same input are added to a new array in place.
 
     Whatever `backward` has captured stays alive until it has run, and not at all when no input
     requires a gradient.
@@ -375,23 +390,36 @@ def _run_tape(root: _Node, seed: Array) -> None:
     """Visits the history of `root`, each operation once and after all that used its output."""
     hooked = _hooked_leaves(root)
     pending: dict[_Node, Array] = {root: seed}
+    shared: set[_Node] = set()  # those whose pending gradient may belong to others too
     queue = [(-root.number, root)]
     while queue:
         node = heapq.heappop(queue)[1]
         dy = pending.pop(node)
+        given: set[int] = set()  # the arrays of this node's gradients
         for source, dx in node.run(dy):
             dx = in_form(dx, source.data if isinstance(source, Tensor) else source)
+            alone = dx.flags.writeable and id(_owner(dx)) not in given
+            alone = alone and not np.may_share_memory(dx, dy)
+            given.add(id(_owner(dx)))
             if isinstance(source, Tensor):
-                # A leaf owns its gradient: what backward passed through unchanged belongs to others
-                # too.
-                source._accumulate(dx.copy(order="K") if np.may_share_memory(dx, dy) else dx)
-            elif source in pending:
-                pending[source] = _plus(pending[source], dx)
-            else:
+                source._accumulate(dx if alone else dx.copy(order="K"))
+            elif source not in pending:
                 pending[source] = dx
                 heapq.heappush(queue, (-source.number, source))
+                if not alone:
+                    shared.add(source)
+            elif source in shared:
+                pending[source] = _plus(pending[source], dx)
+                shared.remove(source)
+            else:
+                _add_to(pending[source], dx)
         while hooked and (not queue or hooked[-1][0] > -queue[0][0]):
             hooked.pop()[1]._run_hooks()
+
+
+def _owner(array: Array) -> Array:
+    """The array that `array` is a view of, or itself."""
+    return array.base if isinstance(array.base, np.ndarray) else array
 
 
 def _hooked_leaves(root: _Node) -> list[tuple[int, Tensor]]:
@@ -425,6 +453,21 @@ def in_form(grad: Array, like: Array | _Node) -> Array:
     result = empty_in_order(like.shape, order, like.dtype)
     result[...] = grad
     return result
+
+
+def form_of(array: Array) -> Array:
+    """An array of the shape, dtype and memory order of `array` with no memory behind it.
+
+    For backward functions that take an input for its form alone: its elements cannot be read.
+    """
+    dtype = array.dtype.newbyteorder("=")
+    strides, step = [0] * array.ndim, dtype.itemsize
+    for d in reversed(memory_order(array.shape, array.strides)):
+        strides[d] = step
+        step *= max(array.shape[d], 1)
+    return np.lib.stride_tricks.as_strided(
+        np.empty((), dtype), array.shape, strides, writeable=False
+    )
 
 
 def memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[int]:
@@ -465,6 +508,14 @@ def _plus(a: Array, b: Array) -> Array:
     same = a.shape == b.shape and a.dtype == b.dtype and a.dtype in (np.float32, np.float64)
     total: Array = ops.add(a, b) if same else a + b
     return total
+
+
+def _add_to(a: Array, b: Array) -> None:
+    """a += b, same shape and dtype."""
+    if a.dtype in (np.float32, np.float64):
+        ops.add_to(a, b)
+    else:
+        a += b
 
 
 def _add(a: Tensor, b: Tensor) -> Tensor:

@@ -5,12 +5,10 @@
 
 namespace fastconv::cpu {
 
-// Activations that the kernels fuse.
-enum class Clamp : uint8_t { kNone, kReLU, kReLU6 };
-constexpr int kClamps = 3;
+constexpr int kBatchNormActivations = 7;  // none and the others, in the order of core's Activation
 
-// z = (x - mean) * scale + bias + residual, y = clamp(z). Backward computes z again with the same operations, so that
-// it sees the same side of every kink.
+// z = (x - mean) * scale + bias + residual, y = f(z), f the activation. Backward computes z again with the same
+// operations, so that it sees the same side of every kink.
 template <class T> struct BatchNormRows {
   const T* x;
   const T* residual;  // or null
@@ -18,19 +16,20 @@ template <class T> struct BatchNormRows {
   const T* mean;
   const T* scale;  // weight / sqrt(variance + eps)
   const T* bias;
+  bool streaming;  // y or dx around the caches: whole vectors, aligned
 };
 
 template <class T> struct BatchNormKernels {
   // mean[c] and the sum of squared distances from it, of the block
   void (*moments)(const T* x, int64_t rows, int64_t channels, T* mean, T* squares);
-  void (*forward[kClamps])(const BatchNormRows<T>&, T* y);
-  // dz = dy where clamp(z) moves with z, else 0. sum[c] = sum of dz, dot[c] = sum of dz (x - mean), over the block.
-  // dz is stored unless null.
-  void (*backward_sums[kClamps])(const BatchNormRows<T>&, const T* dy, T* dz, T* sum, T* dot);
-  // dx = scale (dz - a[c] - (x - mean) b[c])
-  void (*backward_input[kClamps])(const BatchNormRows<T>&, const T* dy, const T* a, const T* b, T* dx);
+  void (*forward[kBatchNormActivations])(const BatchNormRows<T>&, T* y);
+  // dz = dy f'(z). sum[c] = sum of dz, dot[c] = sum of dz (x - mean), over the block. dz, which may be dy, is stored
+  // unless null.
+  void (*backward_sums[kBatchNormActivations])(const BatchNormRows<T>&, const T* dy, T* dz, T* sum, T* dot);
+  // dx = scale (dz - a[c] - (x - mean) b[c]); dx may be dy
+  void (*backward_input[kBatchNormActivations])(const BatchNormRows<T>&, const T* dy, const T* a, const T* b, T* dx);
   // dx = scale dz; dz is stored unless null
-  void (*backward_constant[kClamps])(const BatchNormRows<T>&, const T* dy, T* dx, T* dz);
+  void (*backward_constant[kBatchNormActivations])(const BatchNormRows<T>&, const T* dy, T* dx, T* dz);
 };
 
 }  // namespace fastconv::cpu

@@ -8,11 +8,13 @@
 namespace fastconv::cpu {
 namespace {
 
-template <class T> void gate(const T* x, const T* gate, T* y, int64_t rows, int64_t channels) {
+template <class T> void gate(const T* x, const T* gate, const T* bias, T* y, int64_t rows, int64_t channels) {
   for (int64_t row = 0; row < rows; ++row)
     for_lanes<T>(channels, [&](auto tail, int64_t c, int64_t n) {
       const int64_t at = row * channels + c;
-      store_lanes<tail.value>(y + at, load_lanes<tail.value>(x + at, n) * load_lanes<tail.value>(gate + c, n), n);
+      auto a = load_lanes<tail.value>(x + at, n) * load_lanes<tail.value>(gate + c, n);
+      if (bias) a = a + load_lanes<tail.value>(bias + c, n);
+      store_lanes<tail.value>(y + at, a, n);
     });
 }
 

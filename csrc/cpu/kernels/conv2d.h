@@ -142,6 +142,18 @@ struct DepthwiseWeightRows {
   Prefetch next[2];  // of x and dy
 };
 
+// y[r][i] (+)= sum over k < depth of a[r * a_row_step + k * a_step] b[k * b_step + i], i < length
+struct OuterTile {
+  const float* a;
+  const float* b;
+  const float* b_next;  // rows like those of b that the next call reads, or null
+  float* y;
+  int64_t a_row_step, a_step, b_step, y_step;
+  int64_t rows, depth, length;
+  bool accumulate;  // add to y
+  bool streaming;   // non-temporal stores; y and y_step aligned to a line
+};
+
 struct Conv2dKernels {
   int64_t lanes;
   int64_t tile_pixels;  // pixels of a direct tile: rows * pixels <= tile_pixels
@@ -168,6 +180,7 @@ struct Conv2dKernels {
   void (*planar_tile)(const PlanarTile&);
   void (*depthwise_rows)(const DepthwiseRows&);
   void (*depthwise_weight_rows)(const DepthwiseWeightRows&);
+  void (*outer)(const OuterTile&);
 };
 
 }  // namespace fastconv::cpu

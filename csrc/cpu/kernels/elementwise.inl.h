@@ -50,13 +50,18 @@ template <class V> struct Logistic {
   V value, slope;
 };
 template <class T, class V> Logistic<V> logistic(V x) {
-  const V one = Constant<T>::of(1), e = exp_lanes(x > V{} ? -x : x), scale = one / (one + e);
+  const V one = Constant<T>::of(1), e = exp_lanes(minus_absolute(x)), scale = one / (one + e);
   const V small = e * scale;
   return {x > V{} ? scale : small, small * scale};
 }
+// a / (1 + exp(-x))
+template <class T, class V> V times_logistic(V a, V x) {
+  const V one = Constant<T>::of(1), e = exp_lanes(minus_absolute(x));
+  return (x > V{} ? a : a * e) / (one + e);
+}
 
 struct Sigmoid {
-  template <class T, class V> static V forward(V x, V) { return logistic<T>(x).value; }
+  template <class T, class V> static V forward(V x, V) { return times_logistic<T>(Constant<T>::of(1), x); }
   template <class T, class V> static V backward(V dy, V x, V) { return dy * logistic<T>(x).slope; }
 };
 
@@ -68,7 +73,7 @@ struct Tanh {
 };
 
 struct SiLU {
-  template <class T, class V> static V forward(V x, V) { return x * logistic<T>(x).value; }
+  template <class T, class V> static V forward(V x, V) { return times_logistic<T>(x, x); }
   template <class T, class V> static V backward(V dy, V x, V) {
     const Logistic<V> s = logistic<T>(x);
     return dy * (s.value + x * s.slope);
@@ -89,7 +94,7 @@ struct GELUTanh {
   template <class T, class V> static V argument(V x) {
     return Constant<T>::of(2 * kScale) * (x + Constant<T>::of(kCubic) * x * x * x);
   }
-  template <class T, class V> static V forward(V x, V) { return x * logistic<T>(argument<T>(x)).value; }
+  template <class T, class V> static V forward(V x, V) { return times_logistic<T>(x, argument<T>(x)); }
   template <class T, class V> static V backward(V dy, V x, V) {
     const Logistic<V> s = logistic<T>(argument<T>(x));
     const V inner = Constant<T>::of(2 * kScale) * (Constant<T>::of(1) + Constant<T>::of(3 * kCubic) * x * x);
@@ -121,24 +126,27 @@ struct Hardswish {
   }
 };
 
-template <class F, class T> void elementwise_forward(const T* x, T* y, int64_t n, T parameter) {
+template <class F, class T> void elementwise_forward(const T* x, T* y, int64_t n, T parameter, bool streaming) {
   const auto a = set1(parameter);
   for_lanes<T>(n, [&](auto tail, int64_t i, int64_t lanes) {
-    store_lanes<tail.value>(y + i, F::template forward<T>(load_lanes<tail.value>(x + i, lanes), a), lanes);
+    put_lanes<tail.value>(streaming, y + i, F::template forward<T>(load_lanes<tail.value>(x + i, lanes), a), lanes);
   });
 }
 
-template <class F, class T> void elementwise_backward(const T* dy, const T* x, T* dx, int64_t n, T parameter) {
+template <class F, class T>
+void elementwise_backward(const T* dy, const T* x, T* dx, int64_t n, T parameter, bool streaming) {
   const auto a = set1(parameter);
   for_lanes<T>(n, [&](auto tail, int64_t i, int64_t lanes) {
     const auto g = load_lanes<tail.value>(dy + i, lanes);
-    store_lanes<tail.value>(dx + i, F::template backward<T>(g, load_lanes<tail.value>(x + i, lanes), a), lanes);
+    const auto at = load_lanes<tail.value>(x + i, lanes);
+    put_lanes<tail.value>(streaming, dx + i, F::template backward<T>(g, at, a), lanes);
   });
 }
 
-template <class T> void add_arrays(const T* a, const T* b, T* y, int64_t n) {
+template <class T> void add_arrays(const T* a, const T* b, T* y, int64_t n, bool streaming) {
   for_lanes<T>(n, [&](auto tail, int64_t i, int64_t lanes) {
-    store_lanes<tail.value>(y + i, load_lanes<tail.value>(a + i, lanes) + load_lanes<tail.value>(b + i, lanes), lanes);
+    const auto sum = load_lanes<tail.value>(a + i, lanes) + load_lanes<tail.value>(b + i, lanes);
+    put_lanes<tail.value>(streaming, y + i, sum, lanes);
   });
 }
 
@@ -150,7 +158,7 @@ template <class T> void scale_array(const T* x, T* y, int64_t n, T factor) {
 }
 
 template <class T> void add_bias(T* y, int64_t rows, int64_t channels, const T* bias) {
-  for (int64_t row = 0; row < rows; ++row) add_arrays(y + row * channels, bias, y + row * channels, channels);
+  for (int64_t row = 0; row < rows; ++row) add_arrays(y + row * channels, bias, y + row * channels, channels, false);
 }
 
 // Philox4x32-10: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3.

@@ -59,6 +59,14 @@ template <bool TAIL, class T, class V> inline void store_lanes(T* p, V a, int64_
     store(p, a);
 }
 
+// Around the caches where `streaming`: whole vectors, p aligned to one.
+template <bool TAIL, class T, class V> inline void put_lanes(bool streaming, T* p, V a, int64_t n) {
+  if (!TAIL && streaming)
+    stream(reinterpret_cast<float*>(p), reinterpret_cast<Vec>(a));
+  else
+    store_lanes<TAIL>(p, a, n);
+}
+
 template <bool VALUE> struct Tail {
   static constexpr bool value = VALUE;
 };

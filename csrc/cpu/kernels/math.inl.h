@@ -17,16 +17,15 @@ inline Vec as_float(IntVec a) { return reinterpret_cast<Vec>(a); }
 
 // x = n log 2 + r with |r| <= log(2) / 2. log 2 is split so that n times its first part is exact (Cody and Waite).
 struct Reduced {
-  Vec r;
-  IntVec n;
+  Vec r, n;
 };
 inline Reduced reduce(Vec x) {
-  const Vec magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  const Vec magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec shifted = fma(x, set1(1.44269504088896341f), magic);
   const Vec n = shifted - magic;
   Vec r = fma(n, set1(-0.693359375f), x);
   r = fma(n, set1(2.12194440e-4f), r);
-  return {r, bits(shifted) - bits(magic)};
+  return {r, n};
 }
 
 // exp(r) - 1 for |r| <= log(2) / 2. Coefficients: Cephes, single/expf.c (S. Moshier, netlib.org/cephes).
@@ -40,23 +39,28 @@ inline Vec expm1_core(Vec r) {
   return fma(p * r, r, r);
 }
 
-inline Vec power_of_two(IntVec n) { return as_float((n + 127) << 23); }
+// a * 2^n for whole n, where the ISA has no instruction for it. In two steps, so that a result below 2^-126 is rounded
+// once and one above 2^128 is infinite.
+template <class V> inline V times_power_of_two(V a, V n) {
+  const IntVec whole = __builtin_convertvector(n, IntVec), half = whole >> 1;
+  return a * as_float((half + 127) << 23) * as_float((whole - half + 127) << 23);
+}
 
-// At most 2 ulp. In two steps of scaling, so that results below 2^-126 are rounded once and above 2^128 are infinite.
+// At most 2 ulp. Results below 2^-126 are rounded once, those above 2^128 are infinite.
 inline Vec exp_lanes(Vec x) {
   const Reduced a = reduce(clamp(x, set1(-104.0f), set1(89.0f)));
-  const IntVec half = a.n >> 1;
-  return (expm1_core(a.r) + set1(1.0f)) * power_of_two(half) * power_of_two(a.n - half);
+  return times_power_of_two(expm1_core(a.r) + set1(1.0f), a.n);
 }
 
 // exp(x) - 1 for x <= 0, accurate near 0.
 inline Vec expm1_negative(Vec x) {
   const Reduced a = reduce(clamp(x, set1(-80.0f), set1(0.0f)));
-  const Vec scale = power_of_two(a.n);
+  const Vec scale = times_power_of_two(set1(1.0f), a.n);
   return fma(expm1_core(a.r), scale, scale - set1(1.0f));
 }
 
 inline Vec absolute(Vec x) { return as_float(bits(x) & 0x7fffffff); }
+inline Vec minus_absolute(Vec x) { return as_float(bits(x) | static_cast<int32_t>(0x80000000)); }
 inline Vec with_sign_of(Vec magnitude, Vec sign) {
   return as_float(bits(magnitude) | (bits(sign) & static_cast<int32_t>(0x80000000)));
 }
@@ -94,6 +98,7 @@ inline Vec normal_distribution(Vec x) {
   return x > Vec{} ? set1(1.0f) - half_tail : half_tail;
 }
 
+inline DVec minus_absolute(DVec x) { return x > DVec{} ? -x : x; }
 inline DVec exp_lanes(DVec x) {
   for (int i = 0; i < kVectorBytes / 8; ++i) x[i] = __builtin_exp(x[i]);
   return x;

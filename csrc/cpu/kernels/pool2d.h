@@ -26,7 +26,9 @@ template <class T> struct PoolRow {
   int64_t channels;
   int64_t row_extent;  // of an average's divisor
   T divisor;           // 0: row_extent * the window's extent
+  uint8_t* place;      // like y: the number of the maximum in its window, row-major
   bool accumulate;     // add to dx, otherwise store
+  bool streaming;      // store around the caches: dx aligned, whole vectors of channels
 };
 
 template <class T> struct Pool2dKernels {
@@ -34,8 +36,10 @@ template <class T> struct Pool2dKernels {
   void (*max)(const PoolRow<T>&);
   // The same, and index[output * pixel + c] = plane + r * row_step / pixel + s * column_step / pixel + offset / pixel
   void (*max_index)(const PoolRow<T>&, int64_t plane, int64_t* index);
+  void (*max_place)(const PoolRow<T>&);
   // dx = dy where the maximum is, 0 elsewhere in the window
   void (*max_backward)(const PoolRow<T>&);
+  void (*max_place_backward)(const PoolRow<T>&);  // from the places alone: x is not read
   void (*average)(const PoolRow<T>&);
   void (*average_backward)(const PoolRow<T>&);
 };

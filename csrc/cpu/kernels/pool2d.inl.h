@@ -91,7 +91,59 @@ template <class T> void max_row_index(const PoolRow<T>& t, int64_t plane, int64_
     });
 }
 
-template <class T, bool ACCUMULATE> void max_row_backward_as(const PoolRow<T>& t) {
+// A maximum and its number in the window.
+template <class T> struct Maximum {
+  typename Lanes<T>::V value;
+  typename Lanes<T>::I place;
+};
+
+template <int R, int S, bool TAIL, class T>
+__attribute__((always_inline)) inline Maximum<T> maximum_of(const PoolRow<T>& t, const PoolWindow& window, int64_t c,
+                                                            int64_t n) {
+  using V = typename Lanes<T>::V;
+  using I = typename Lanes<T>::I;
+  using Int = typename Lanes<T>::Int;
+  const int64_t columns = S > 0 ? S : window.columns;
+  V best = set1(kMinusInfinity<T>);
+  I winner{};
+  for_window<R, S>(t, window, [&](int64_t r, int64_t s, int64_t at) {
+    const V a = load_lanes<TAIL>(t.x + at + c, n);
+    prefetch_next(t, at + c);
+    const I here = I{} + static_cast<Int>(r * columns + s);
+    const I greater = a > best, number = a == a;
+    winner = greater ? here : winner;
+    best = greater ? a : best;
+    winner = number ? winner : here;
+    best = number ? best : a;
+  });
+  return {best, winner};
+}
+
+// A byte a lane.
+template <class T> struct Bytes {
+  typedef uint8_t V __attribute__((vector_size(Lanes<T>::kCount)));
+};
+template <bool TAIL, class T> inline typename Lanes<T>::I load_places(const uint8_t* p, int64_t n) {
+  typename Bytes<T>::V bytes{};
+  __builtin_memcpy(&bytes, p, TAIL ? n : Lanes<T>::kCount);
+  return __builtin_convertvector(bytes, typename Lanes<T>::I);
+}
+template <bool TAIL, class T> inline void store_places(uint8_t* p, typename Lanes<T>::I places, int64_t n) {
+  const auto bytes = __builtin_convertvector(places, typename Bytes<T>::V);
+  __builtin_memcpy(p, &bytes, TAIL ? n : Lanes<T>::kCount);
+}
+
+template <class T> void max_row_place(const PoolRow<T>& t) {
+  for_outputs(t, [&](auto size, int64_t q) {
+    for_lanes<T>(t.channels, [&](auto tail, int64_t c, int64_t n) {
+      const auto best = maximum_of<size.rows, size.columns, tail.value>(t, t.windows[q], c, n);
+      store_lanes<tail.value>(t.y + q * t.pixel + c, best.value, n);
+      store_places<tail.value, T>(t.place + q * t.pixel + c, best.place, n);
+    });
+  });
+}
+
+template <class T, bool PLACES, bool ACCUMULATE> void max_row_backward_as(const PoolRow<T>& t) {
   using V = typename Lanes<T>::V;
   using I = typename Lanes<T>::I;
   using Int = typename Lanes<T>::Int;
@@ -99,32 +151,25 @@ template <class T, bool ACCUMULATE> void max_row_backward_as(const PoolRow<T>& t
     const PoolWindow& window = t.windows[q];
     const int64_t columns = size.columns > 0 ? size.columns : window.columns;
     for_lanes<T>(t.channels, [&](auto tail, int64_t c, int64_t n) {
-      V best = set1(kMinusInfinity<T>);
-      I winner{};
-      for_window<size.rows, size.columns>(t, window, [&](int64_t r, int64_t s, int64_t at) {
-        const V a = load_lanes<tail.value>(t.x + at + c, n);
-        prefetch_next(t, at + c);
-        const I here = I{} + static_cast<Int>(r * columns + s);
-        const I greater = a > best, number = a == a;
-        winner = greater ? here : winner;
-        best = greater ? a : best;
-        winner = number ? winner : here;
-        best = number ? best : a;
-      });
+      I winner;
+      if constexpr (PLACES)
+        winner = load_places<tail.value, T>(t.place + q * t.pixel + c, n);
+      else
+        winner = maximum_of<size.rows, size.columns, tail.value>(t, window, c, n).place;
       const V dy = load_lanes<tail.value>(t.y + q * t.pixel + c, n);
       for_window<size.rows, size.columns>(t, window, [&](int64_t r, int64_t s, int64_t at) {
         const I here = I{} + static_cast<Int>(r * columns + s);
         V g = winner == here ? dy : V{};
         if constexpr (ACCUMULATE) g = g + load_lanes<tail.value>(t.dx + at + c, n);
-        store_lanes<tail.value>(t.dx + at + c, g, n);
+        put_lanes<tail.value>(!ACCUMULATE && t.streaming, t.dx + at + c, g, n);
       });
     });
   });
 }
 
-template <class T> void max_row_backward(const PoolRow<T>& t) {
-  if (t.accumulate) return max_row_backward_as<T, true>(t);
-  return max_row_backward_as<T, false>(t);
+template <class T, bool PLACES> void max_row_backward(const PoolRow<T>& t) {
+  if (t.accumulate) return max_row_backward_as<T, PLACES, true>(t);
+  return max_row_backward_as<T, PLACES, false>(t);
 }
 
 template <class T> T divisor_of(const PoolRow<T>& t, const PoolWindow& window) {
@@ -162,7 +207,7 @@ template <class T, bool ACCUMULATE> void average_row_backward_as(const PoolRow<T
       for_window<0, 0>(t, window, [&](int64_t, int64_t, int64_t at) {
         V g = share;
         if constexpr (ACCUMULATE) g = g + load_lanes<tail.value>(t.dx + at + c, n);
-        store_lanes<tail.value>(t.dx + at + c, g, n);
+        put_lanes<tail.value>(!ACCUMULATE && t.streaming, t.dx + at + c, g, n);
       });
     });
   }
@@ -174,7 +219,9 @@ template <class T> void average_row_backward(const PoolRow<T>& t) {
 }
 
 template <class T> constexpr Pool2dKernels<T> pool2d_kernels() {
-  return {max_row<T>, max_row_index<T>, max_row_backward<T>, average_row<T>, average_row_backward<T>};
+  return {
+      max_row<T>,     max_row_index<T>,       max_row_place<T>, max_row_backward<T, false>, max_row_backward<T, true>,
+      average_row<T>, average_row_backward<T>};
 }
 
 }  // namespace

@@ -33,6 +33,8 @@ inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 // The second operand is returned where one is NaN, so NaN passes through a clamp.
 inline Vec clamp(Vec a, Vec low, Vec high) { return _mm512_min_ps(high, _mm512_max_ps(low, a)); }
+// a * 2^n for whole n, rounded once.
+inline Vec times_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
 // Lanes of 64 bits, and the products of their low halves.
 typedef uint64_t Words __attribute__((vector_size(64)));
 inline Words multiply_words(Words a, Words b) {

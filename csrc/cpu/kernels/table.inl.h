@@ -9,6 +9,7 @@
 #include "cpu/kernels/layout.inl.h"
 #include "cpu/kernels/loss.inl.h"
 #include "cpu/kernels/optimizer.inl.h"
+#include "cpu/kernels/outer.inl.h"
 #include "cpu/kernels/pool2d.inl.h"
 #include "cpu/kernels/response_norm.inl.h"
 #include "cpu/kernels/roofline.inl.h"
@@ -37,6 +38,7 @@ constexpr Conv2dKernels conv2d_kernels() {
       planar_tile,
       depthwise_rows<DepthwiseRows>,
       depthwise_rows<DepthwiseWeightRows>,
+      outer,
   };
 }
 

@@ -2,6 +2,7 @@
 
 from .activation import (
     add,
+    add_to,
     elu,
     elu_backward,
     gelu,
@@ -68,6 +69,7 @@ __all__ = [
     "adaptive_avg_pool2d",
     "adaptive_avg_pool2d_backward",
     "add",
+    "add_to",
     "avg_pool2d",
     "avg_pool2d_backward",
     "batch_norm",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from .. import _C
 from ._arrays import Array, like, to_numpy
+from ._inplace import writable
 
 
 def _forward(name: str, x: Array, parameter: float = 0.0) -> Array:
@@ -137,3 +138,8 @@ def gelu_backward(dy: Array, x: Array, approximate: str = "none") -> Array:
 def add(a: Array, b: Array) -> Array:
     """a + b, same shape and dtype, laid out like a. There is no broadcasting."""
     return like(_C.add(to_numpy(a, "a"), to_numpy(b, "b")), a)
+
+
+def add_to(a: Array, b: Array) -> None:
+    """a += b, same shape and dtype, in place. ValueError also unless a is dense and writable."""
+    _C.add_to(writable(a, "a"), to_numpy(b, "b"))

@@ -36,12 +36,14 @@ def cat_backward(dy: Array, sizes: Sequence[int], dim: int = 1) -> tuple[Array, 
     return tuple(like(part, dy) for part in parts)
 
 
-def channel_gate(x: Array, gate: Array) -> Array:
-    """x * gate: x (N, C, H, W), gate (N, C, 1, 1), float32 or float64; laid out like x.
+def channel_gate(x: Array, gate: Array, bias: Array | None = None) -> Array:
+    """x * gate + bias: x (N, C, H, W), gate and bias (N, C, 1, 1), float32 or float64.
 
-    The scaling step of squeeze and excitation (Hu et al., arXiv 1709.01507, equation 4).
+    Laid out like x. The scaling step of squeeze and excitation (Hu et al., arXiv 1709.01507,
+    equation 4), and with a bias its gradient: through the gate, and through the mean.
     """
-    return like(_C.channel_gate(to_numpy(x, "input"), to_numpy(gate, "gate")), x)
+    addend = None if bias is None else to_numpy(bias, "bias")
+    return like(_C.channel_gate(to_numpy(x, "input"), to_numpy(gate, "gate"), addend), x)
 
 
 def channel_gate_backward(

@@ -201,8 +201,6 @@ def batch_norm_backward_sums(
     sums, (2, C) float64: with dz the gradient in front of the activation, the sum of dz and that of
     dz (x - mean). So dbias of this part is sums[0], and dweight is sums[1] * rstd. dresidual is dz;
     None without a residual.
-
-    Raises ValueError also for an activation other than None, "relu" and "relu6".
     """
     array = to_numpy(x, "input")
     sums, dresidual = _C.batch_norm_backward_sums(
@@ -237,7 +235,6 @@ def batch_norm_backward_input(
         values per channel together.
 
     Where the forward had a residual, give dresidual of the first half as dy, and no activation.
-    Raises ValueError also for an activation other than None, "relu" and "relu6".
     """
     array = to_numpy(x, "input")
     both = to_numpy(sums, "sums")

@@ -34,6 +34,8 @@ def max_pool2d(
     dilation: Any = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
+    *,
+    return_places: bool = False,
 ) -> Any:
     """Largest element of each window, as torch.nn.functional.max_pool2d.
 
@@ -46,18 +48,24 @@ def max_pool2d(
         kernel_size, stride, padding, dilation: int or (height, width); stride None is kernel_size;
             padding at most half the kernel's size.
         return_indices: also return where the maxima are: int64, flat index in the H * W plane.
+        return_places: in their stead a byte each, which is all that the backward needs of x: uint8,
+            the number of the maximum among the elements of its window that lie in the image. For
+            kernels of at most 256 elements.
 
     Returns:
-        y, or (y, indices) of the same shape and layout.
+        y, or (y, indices) or (y, places) of the same shape and layout.
     """
-    y, indices = _C.max_pool2d(
+    if return_indices and return_places:
+        raise ValueError("return_indices and return_places exclude each other, got both")
+    y, where = _C.max_pool2d(
         to_numpy(x, "input"),
         *_window(kernel_size, stride, padding),
         pair(dilation, "dilation"),
         bool(ceil_mode),
         bool(return_indices),
+        bool(return_places),
     )
-    return like(y, x) if indices is None else (like(y, x), like(indices, x))
+    return like(y, x) if where is None else (like(y, x), like(where, x))
 
 
 def max_pool2d_backward(
@@ -70,11 +78,13 @@ def max_pool2d_backward(
     ceil_mode: bool = False,
     *,
     indices: Array | None = None,
+    places: Array | None = None,
 ) -> Array:
     """dx of :func:`max_pool2d`, laid out like x: each dy goes to the maximum of its window.
 
-    The maxima are found again in x, or taken from `indices` (int64, as returned by max_pool2d;
-    ValueError if one lies outside the plane).
+    The maxima are found again in x; or taken from `indices` (int64, as returned by max_pool2d;
+    ValueError if one lies outside the plane) or `places` (uint8, likewise; a number beyond the
+    window's last drops its dy), and then x gives only shape and layout.
     """
     dx = _C.max_pool2d_backward(
         to_numpy(dy, "dy"),
@@ -83,6 +93,7 @@ def max_pool2d_backward(
         pair(dilation, "dilation"),
         bool(ceil_mode),
         None if indices is None else to_numpy(indices, "indices"),
+        None if places is None else to_numpy(places, "places"),
     )
     return like(dx, dy)
 
