@@ -191,7 +191,7 @@ def test_channel_gate_by_finite_differences():
 
 def test_channel_gate_with_bias(isa):
     for shape in [(2, 5, 3, 3), (1, 48, 4, 2)]:
-        x, gate, dy = gated(shape)
+        x, gate, _ = gated(shape)
         bias = normal("bias", shape=gate.shape)
         for order in (np.ascontiguousarray, channels_last):
             y = fc.channel_gate(order(x), gate, order(bias))

@@ -10,9 +10,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+import fastconv
 from fastconv import functional as F
+from fastconv import models, nn
 from fastconv.nn import channels_last
-from fastconv.tensor import Array, Tensor, apply, is_grad_enabled, no_grad
+from fastconv.tensor import Array, Tensor, apply, form_of, is_grad_enabled, no_grad
 
 
 def draw(*shape: int, seed: int = 0) -> Array:
@@ -184,6 +186,105 @@ def test_accumulation_is_in_place() -> None:
     first = x.grad
     x.sum().backward()
     assert x.grad is first
+
+
+def test_later_gradients_are_added_to_arrays_of_their_own_only() -> None:
+    """An array that a backward passes on, or gives to two inputs, must not change under anybody."""
+    x = Tensor(np.ones(3), requires_grad=True)
+    seen = []
+
+    def twice(t: Tensor, u: Tensor) -> Tensor:
+        def backward(dy: Array, _: object) -> tuple[Array, Array]:
+            new = dy * 2
+            seen.append((new, new.copy()))
+            return new, new[:]
+
+        return apply(t.data + u.data, (t, u), backward)
+
+    a, b = x * 1.0, x * 3.0
+    late = a + b  # gives both its own dy, after both have got one from `twice`
+    weights = np.array([1.0, 2.0, 3.0])
+    (twice(a, b) + late).backward(weights)
+    np.testing.assert_array_equal(x.grad, weights * (2 + 2 * 3 + 4))
+    np.testing.assert_array_equal(weights, [1, 2, 3])
+    for given, copy in seen:
+        np.testing.assert_array_equal(given, copy)
+
+
+def test_later_gradients_are_added_in_place() -> None:
+    x = Tensor(np.ones(1 << 20, np.float32), requires_grad=True)
+    y = F.relu(x)
+    branches = [F.relu(y) for _ in range(4)]
+    total = branches[0] + branches[1] + branches[2] + branches[3]
+    fastconv.reset_peak_memory_stats()
+    before = fastconv.memory_stats()["bytes_in_use"]
+    total.backward(np.ones(x.shape, np.float32))
+    used = fastconv.memory_stats()["peak_bytes_in_use"] - before
+    assert used <= 2 * x.data.nbytes + 4096, used  # the sum so far, and what is added to it
+    np.testing.assert_array_equal(x.grad, 4)
+
+
+def test_peak_memory_of_a_training_step() -> None:
+    """A step keeps the output of every convolution and batch norm once: what their backwards need.
+    Beyond that the gradients of the parameters, and two of the largest arrays in passing. Masks,
+    gradients that outlive their use, or the inputs of sums would not fit.
+    """
+    model = models.create("resnet8_cifar")
+    images = channels_last(draw(32, 3, 32, 32).astype(np.float32))
+    sizes: list[int] = []
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    hooks = [
+        layer.register_forward_hook(lambda _, __, y: sizes.append(y.data.nbytes))
+        for layer in layers
+    ]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    assert len(sizes) == len(layers)
+    parameters = sum(p.data.nbytes for p in model.parameters())
+
+    def step() -> None:
+        F.cross_entropy(model(images), np.arange(32) % 10).backward()
+
+    step()
+    model.zero_grad()
+    gc.collect()
+    fastconv.reset_peak_memory_stats()
+    before = fastconv.memory_stats()["bytes_in_use"]
+    step()
+    used = fastconv.memory_stats()["peak_bytes_in_use"] - before
+    assert used <= sum(sizes) + parameters + 2 * max(sizes), f"{used} bytes, of {sum(sizes)} kept"
+
+
+def test_pooling_keeps_no_image() -> None:
+    for pool in (lambda t: F.max_pool2d(t, 2), lambda t: F.avg_pool2d(t, 2), F.global_avg_pool2d):
+        x = Tensor(channels_last(draw(4, 16, 64, 64)), requires_grad=True)
+        before = fastconv.memory_stats()["bytes_in_use"]
+        y = pool(F.relu(F.leaky_relu(x)))
+        kept = fastconv.memory_stats()["bytes_in_use"] - before
+        # leaky_relu keeps x, and relu its output
+        assert kept <= x.data.nbytes + 1.5 * y.data.nbytes
+        y.backward(np.ones(y.shape))
+        assert x.grad is not None and x.grad.any()
+
+
+def test_forms_have_no_memory() -> None:
+    for array in (
+        draw(2, 3, 4, 5),
+        channels_last(draw(2, 3, 4, 5)),
+        draw(3, 4)[::-1, ::2],
+        draw(3, 4).astype(">f4"),
+    ):
+        form = form_of(array)
+        assert form.shape == array.shape and form.dtype == array.dtype.newbyteorder("=")
+        assert form.flags.aligned and not form.flags.writeable
+        assert (
+            np.argsort(form.strides, kind="stable").tolist()
+            == np.argsort(np.abs(array.strides), kind="stable").tolist()
+        )
+    assert form_of(draw(0, 4)).shape == (0, 4)
+    large = form_of(np.broadcast_to(np.float32(1), (1 << 10, 1 << 20, 1 << 10)))
+    assert large.nbytes == 1 << 42
 
 
 def test_leaves_own_their_gradients() -> None:

@@ -241,7 +241,7 @@ def max_pool2d(
     """
     x = as_tensor(x)
     sizes = (kernel_size, stride, padding, dilation, ceil_mode)
-    where: dict[str, Array] = {}
+    where: dict[str, Any] = {}
     if return_indices:
         y, where["indices"] = ops.max_pool2d(x.data, *sizes, return_indices=True)
     elif records((x,)) and math.prod(pair(kernel_size, "kernel_size")) <= 256:

@@ -20,6 +20,7 @@ Adding an operation takes a forward, a backward, and one call::
 from __future__ import annotations
 
 import contextlib
+import functools
 import heapq
 import itertools
 import math
@@ -392,34 +393,40 @@ def _run_tape(root: _Node, seed: Array) -> None:
     pending: dict[_Node, Array] = {root: seed}
     shared: set[_Node] = set()  # those whose pending gradient may belong to others too
     queue = [(-root.number, root)]
+
+    def receive(source: _Node | Tensor, dx: Array, alone: bool) -> None:
+        dx = in_form(dx, source.data if isinstance(source, Tensor) else source)
+        if isinstance(source, Tensor):
+            source._accumulate(dx if alone else dx.copy(order="K"))
+        elif source not in pending:
+            pending[source] = dx
+            heapq.heappush(queue, (-source.number, source))
+            if not alone:
+                shared.add(source)
+        elif source in shared:
+            pending[source] = _plus(pending[source], dx)
+            shared.remove(source)
+        else:
+            _add_to(pending[source], dx)
+
     while queue:
         node = heapq.heappop(queue)[1]
         dy = pending.pop(node)
-        given: set[int] = set()  # the arrays of this node's gradients
-        for source, dx in node.run(dy):
-            dx = in_form(dx, source.data if isinstance(source, Tensor) else source)
-            alone = dx.flags.writeable and id(_owner(dx)) not in given
-            alone = alone and not np.may_share_memory(dx, dy)
-            given.add(id(_owner(dx)))
-            if isinstance(source, Tensor):
-                source._accumulate(dx if alone else dx.copy(order="K"))
-            elif source not in pending:
-                pending[source] = dx
-                heapq.heappush(queue, (-source.number, source))
-                if not alone:
-                    shared.add(source)
-            elif source in shared:
-                pending[source] = _plus(pending[source], dx)
-                shared.remove(source)
-            else:
-                _add_to(pending[source], dx)
+        gradients = node.run(dy)
+        alone = _are_alone([dx for _, dx in gradients], dy)
+        while gradients:  # emptied as it is read, so that no gradient outlives its use
+            receive(*gradients.pop(0), alone.pop(0))
         while hooked and (not queue or hooked[-1][0] > -queue[0][0]):
             hooked.pop()[1]._run_hooks()
 
 
-def _owner(array: Array) -> Array:
-    """The array that `array` is a view of, or itself."""
-    return array.base if isinstance(array.base, np.ndarray) else array
+def _are_alone(gradients: list[Array], dy: Array) -> list[bool]:
+    """Of each gradient, whether its memory is its own: neither that of dy nor another one's."""
+    owners = [id(dx.base if isinstance(dx.base, np.ndarray) else dx) for dx in gradients]
+    return [
+        dx.flags.writeable and owners.count(owner) == 1 and not np.may_share_memory(dx, dy)
+        for dx, owner in zip(gradients, owners, strict=True)
+    ]
 
 
 def _hooked_leaves(root: _Node) -> list[tuple[int, Tensor]]:
@@ -447,9 +454,9 @@ def in_form(grad: Array, like: Array | _Node) -> Array:
         raise RuntimeError(
             f"a gradient of shape {grad.shape} arrived for an array of shape {like.shape}"
         )
-    order = memory_order(like.shape, like.strides)
-    if grad.dtype == like.dtype and _is_dense(grad, order):
+    if grad.dtype == like.dtype and _lies_as(grad.shape, grad.strides, grad.itemsize, like.strides):
         return grad
+    order = memory_order(like.shape, like.strides)
     result = empty_in_order(like.shape, order, like.dtype)
     result[...] = grad
     return result
@@ -481,12 +488,16 @@ def empty_in_order(shape: tuple[int, ...], order: list[int], dtype: npt.DTypeLik
     return array.transpose(np.argsort(order)) if order else array
 
 
-def _is_dense(array: Array, order: list[int]) -> bool:
-    expected = array.itemsize
-    for d in reversed(order):
-        if array.shape[d] != 1 and array.strides[d] != expected:
-            return array.size == 0
-        expected *= array.shape[d]
+@functools.lru_cache(maxsize=4096)
+def _lies_as(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, like: tuple[int, ...]
+) -> bool:
+    """Whether these are the strides of a dense array in the memory order of strides `like`."""
+    expected = itemsize
+    for d in reversed(memory_order(shape, like)):
+        if shape[d] != 1 and strides[d] != expected:
+            return math.prod(shape) == 0
+        expected *= shape[d]
     return True
 
 

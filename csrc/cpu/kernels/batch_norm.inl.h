@@ -1,31 +1,14 @@
 // Batch normalisation on blocks of rows. Bound: memory; the vectors over channels stay in the first-level cache, and
 // sums are taken over four rows before they are added to a channel's, which hides the latency and halves the rounding
-// error. Four rows at a time are four streams that each stop and jump after a row, which the processor does not follow:
-// from memory they run at a third of its bandwidth. So sums fetch what comes next themselves, in the order of memory.
+// error; they fetch what comes next themselves (rows.inl.h).
 #pragma once
 
 #include "cpu/kernels/batch_norm.h"
 #include "cpu/kernels/elementwise.inl.h"
+#include "cpu/kernels/rows.inl.h"
 
 namespace fastconv::cpu {
 namespace {
-
-constexpr int64_t kSumRows = 4;
-
-// Fetches an array into the second-level cache a vector at a time, from the front.
-template <class T> struct Fetch {
-  const T* next;
-  __attribute__((always_inline)) void operator()(int64_t n) {
-    prefetch_l2(reinterpret_cast<const float*>(next));
-    next += n;
-  }
-};
-
-// How far ahead of its sums a backward pass fetches, in rows.
-template <class T> inline int64_t rows_ahead(int64_t channels) {
-  constexpr int64_t kBytes = 64 * 1024;
-  return kBytes / (channels * static_cast<int64_t>(sizeof(T))) + kSumRows;
-}
 
 // Two passes over a block that stays in cache: no cancellation however large the mean is.
 template <class T> void moments(const T* x, int64_t rows, int64_t channels, T* mean, T* squares) {

@@ -82,6 +82,8 @@ def integer(value: Any, name: str) -> int:
 
 def pair(value: Any, name: str) -> tuple[int, int]:
     """(height, width) from an int or a sequence of one or two ints."""
+    if type(value) is tuple and len(value) == 2:  # the usual case
+        return integer(value[0], name), integer(value[1], name)
     if isinstance(value, (str, bytes)):
         raise TypeError(f"{name} must be an integer or a pair of integers, got {value!r}")
     if isinstance(value, (Sequence, np.ndarray)) and np.ndim(value) == 1:

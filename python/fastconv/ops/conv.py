@@ -21,7 +21,7 @@ def padding_sides(padding: PaddingLike) -> str | tuple[int, int, int, int]:
     """(top, bottom, left, right), or "same" or "valid" as they are."""
     if isinstance(padding, str):
         return padding
-    if np.ndim(padding) == 2:
+    if not isinstance(padding, int) and np.ndim(padding) == 2:
         if len(padding) != 2 or any(len(side) != 2 for side in padding):
             raise ValueError(f"padding must be ((top, bottom), (left, right)), got {padding!r}")
         top, bottom, left, right = (integer(v, "padding") for side in padding for v in side)
