@@ -482,3 +482,38 @@ def test_wrong_settings(make: Callable[[], object], message: str) -> None:
 def test_sequential_wants_modules() -> None:
     with pytest.raises(TypeError, match="function"):
         nn.Sequential(nn.ReLU(), F.relu)
+
+
+def test_sequential_pools_in_the_pass_of_the_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values of the layers one by one; and not where the pooling is of another kind."""
+    images = draw(4, 3, 12, 10).astype(np.float32)
+    calls: list[bool] = []
+    fused = F.batch_norm_max_pool2d
+    monkeypatch.setattr(
+        F, "batch_norm_max_pool2d", lambda *a, **k: calls.append(True) or fused(*a, **k)
+    )
+    for pool, fuses in (
+        (nn.MaxPool2d(2), True),
+        (nn.MaxPool2d((2, 3), (2, 4)), True),
+        (nn.MaxPool2d(3, 2), False),
+        (nn.MaxPool2d(2, padding=1), False),
+        (nn.MaxPool2d(2, dilation=2), False),
+        (nn.MaxPool2d(5, ceil_mode=True), False),
+    ):
+        layers = [nn.BatchNorm2d(3), nn.ReLU(), pool]
+        results = []
+        for apart in (False, True):
+            model = nn.Sequential(*layers)
+            layers[0].zero_grad()
+            x = Tensor(images, requires_grad=True)
+            calls.clear()
+            y = pool(layers[1](layers[0](x))) if apart else model(x)
+            assert bool(calls) == (fuses and not apart)
+            (y * y).sum().backward()
+            results.append((y.data, x.grad, layers[0].weight.grad, layers[0].bias.grad))
+        for a, b in zip(*results, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        calls.clear()
+        model.eval()
+        model(images)
+        assert not calls

@@ -11,12 +11,6 @@ namespace {
 
 using MaybeArray = std::optional<py::array>;
 
-// A place is a byte.
-void check_places(Pair kernel) {
-  FC_CHECK(kernel[0] * kernel[1] <= 256, "places are for windows of at most 256 elements, got ", kernel[0], " x ",
-           kernel[1]);
-}
-
 std::tuple<py::array, MaybeArray> max_pool2d(const py::array& x_in, Pair kernel, Pair stride, Pair padding,
                                              Pair dilation, bool ceil_mode, bool return_indices, bool return_places) {
   const TensorView x_view = view(x_in, "input");

@@ -109,6 +109,11 @@ Pool2dProblem make_max_pool2d(DType dtype, const Shape& x, Pair kernel, Pair str
   return problem;
 }
 
+void check_places(Pair kernel) {
+  FC_CHECK(kernel[0] * kernel[1] <= 256, "places are for windows of at most 256 elements, got ", kernel[0], " x ",
+           kernel[1]);
+}
+
 Pool2dProblem make_avg_pool2d(DType dtype, const Shape& x, Pair kernel, Pair stride, Pair padding, bool ceil_mode,
                               bool count_include_pad, std::optional<int64_t> divisor_override) {
   FC_CHECK(!divisor_override || *divisor_override != 0, "divisor_override must not be zero, got 0");

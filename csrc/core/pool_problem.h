@@ -39,6 +39,8 @@ struct Pool2dProblem {
 // data.
 Pool2dProblem make_max_pool2d(DType dtype, const Shape& x, Pair kernel, Pair stride, Pair padding, Pair dilation,
                               bool ceil_mode);
+// The number of an element in its window is a byte.
+void check_places(Pair kernel);
 // The divisor counts padding (but not what ceil_mode adds beyond it) or elements of the image alone.
 Pool2dProblem make_avg_pool2d(DType dtype, const Shape& x, Pair kernel, Pair stride, Pair padding, bool ceil_mode,
                               bool count_include_pad, std::optional<int64_t> divisor_override);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/batch_norm_problem.h"
+#include "core/pool_problem.h"
 
 namespace fastconv::cpu {
 
@@ -55,5 +56,12 @@ void batch_norm_backward_input(const BatchNormProblem&, const BatchNormArguments
 // otherwise they are constants.
 void batch_norm_backward(const BatchNormProblem&, const BatchNormArguments&, const void* dy, bool training,
                          const BatchNormGradients&);
+
+// In training, followed by max pooling with disjoint windows in the same pass: the normalised image is not written.
+// y and places: those of max_pool2d. The backward takes the gradient of that y; there is no residual.
+void batch_norm_max_pool(const BatchNormProblem&, const BatchNormArguments&, const Pool2dProblem&, void* y,
+                         uint8_t* places);
+void batch_norm_max_pool_backward(const BatchNormProblem&, const BatchNormArguments&, const Pool2dProblem&,
+                                  const void* dy, const uint8_t* places, const BatchNormGradients&);
 
 }  // namespace fastconv::cpu

@@ -169,6 +169,40 @@ def batch_norm(
     return apply(y, inputs, backward if moments is None else synchronised_backward)
 
 
+def batch_norm_max_pool2d(
+    x: Input,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: Input | None = None,
+    bias: Input | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """max_pool2d(batch_norm(x)) in training, for windows of at most 256 elements without overlap.
+
+    With the bits of the two operations, which would write the image in between and its gradient.
+    """
+    check_activation(activation)
+    inputs = (as_tensor(x), _optional(weight), _optional(bias))
+    xd, wd, bd = (_data(t) for t in inputs)
+    y, places, mean, rstd = ops.batch_norm_max_pool_train(
+        xd, wd, bd, running_mean, running_var, momentum, eps, kernel_size, stride,
+        activation=activation,
+    )  # fmt: skip
+
+    def backward(dy: Array, needs: Needs) -> Sequence[Array | None]:
+        return ops.batch_norm_max_pool_backward(
+            dy, places, xd, wd, mean, rstd, kernel_size, stride,
+            bias=bd, activation=activation, needs_dx=needs[0],
+        )  # fmt: skip
+
+    return apply(y, inputs, backward)
+
+
 def _moments_of_all(x: Array, communicator: Communicator) -> tuple[int, Array, Array]:
     """(count, mean, sum of squared distances) of each channel of x over all processes.
 

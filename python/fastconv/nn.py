@@ -19,6 +19,7 @@ from fastconv import init
 from fastconv.functional import Padding, Pair
 from fastconv.init import get_rng_state, manual_seed, set_rng_state
 from fastconv.module import Module, Parameter
+from fastconv.ops._arrays import pair
 from fastconv.ops.dropout import check_mode, check_probability
 from fastconv.tensor import Array, Tensor, to_numpy
 
@@ -294,8 +295,15 @@ class _BatchNorm(Module):
         self.register_buffer("running_var", np.ones(num_features, np.float32) if track else None)
         self.register_buffer("num_batches_tracked", np.array(0, np.int64) if track else None)
 
-    def forward(self, x: Any, residual: Any = None, *, activation: str | None = None) -> Tensor:
-        """activation(normalised x + residual); `activation` overrides the layer's own."""
+    def forward(
+        self,
+        x: Any,
+        residual: Any = None,
+        *,
+        activation: str | None = None,
+        pool: MaxPool2d | None = None,
+    ) -> Tensor:
+        """pool(activation(normalised x + residual)); `activation` overrides the layer's own."""
         x = F.as_tensor(x)
         if x.ndim not in self._dimensions:
             dimensions = " or ".join(str(d) for d in self._dimensions)
@@ -307,19 +315,34 @@ class _BatchNorm(Module):
             self.num_batches_tracked += 1
             if self.momentum is None:  # the plain average of all batches so far
                 momentum = 1.0 / float(self.num_batches_tracked)
-        return F.batch_norm(
+        training = self.training or self.running_mean is None
+        if pool is not None and training and self.communicator is None and residual is None:
+            return F.batch_norm_max_pool2d(
+                x,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                momentum,
+                self.eps,
+                kernel_size=pool.kernel_size,
+                stride=pool.stride,
+                activation=activation or self.activation,
+            )
+        y = F.batch_norm(
             x,
             self.running_mean,
             self.running_var,
             self.weight,
             self.bias,
-            self.training or self.running_mean is None,
+            training,
             momentum,
             self.eps,
             residual=residual,
             activation=activation or self.activation,
             communicator=self.communicator,
         )
+        return y if pool is None else pool(y)
 
     def extra_repr(self) -> str:
         return (
@@ -748,7 +771,7 @@ class Sequential(ModuleList):
 
     A `ReLU` (or another activation without settings) right behind a `Conv2d` or batch norm is
     computed in the same pass as that layer, unless one of the two has hooks: same values, one pass
-    over memory less.
+    over memory less. So is a `MaxPool2d` without padding or overlap behind a `BatchNorm2d`.
     """
 
     def __init__(self, *modules: Module) -> None:
@@ -758,9 +781,17 @@ class Sequential(ModuleList):
         layers = self._items()
         i = 0
         while i < len(layers):
-            name = _fusable(layers[i], layers[i + 1]) if i + 1 < len(layers) else None
-            x = layers[i](x) if name is None else layers[i](x, activation=name)
-            i += 1 if name is None else 2
+            layer = layers[i]
+            options: dict[str, Any] = {}
+            i += 1
+            name = _fusable(layer, layers[i]) if i < len(layers) else None
+            if name is not None:
+                options["activation"] = name
+                i += 1
+            if i < len(layers) and _poolable(layer, layers[i]):
+                options["pool"] = layers[i]
+                i += 1
+            x = layer(x, **options)
         return x
 
 
@@ -775,3 +806,20 @@ def _fusable(layer: Module, following: Module) -> str | None:
     if type(following).forward is not _NamedActivation.forward or layer.activation is not None:
         return None
     return following.name
+
+
+def _poolable(layer: Module, following: Module) -> bool:
+    """Whether the batch norm `layer` can apply the pooling `following` in its own pass."""
+    if type(layer) is not BatchNorm2d or layer._forward_hooks:
+        return False
+    if type(following) is not MaxPool2d or following._forward_hooks:
+        return False
+    kernel, stride = pair(following.kernel_size, "kernel_size"), pair(following.stride, "stride")
+    return (
+        all(s >= k for k, s in zip(kernel, stride, strict=True))
+        and math.prod(kernel) <= 256
+        and following.padding in (0, (0, 0))
+        and following.dilation in (1, (1, 1))
+        and not following.return_indices
+        and not following.ceil_mode
+    )

@@ -48,6 +48,8 @@ from .norm import (
     batch_norm_backward,
     batch_norm_backward_input,
     batch_norm_backward_sums,
+    batch_norm_max_pool_backward,
+    batch_norm_max_pool_train,
     batch_norm_moments,
     batch_norm_train,
 )
@@ -76,6 +78,8 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_backward_input",
     "batch_norm_backward_sums",
+    "batch_norm_max_pool_backward",
+    "batch_norm_max_pool_train",
     "batch_norm_moments",
     "batch_norm_train",
     "cat",

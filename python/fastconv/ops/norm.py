@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .. import _C
-from ._arrays import Array, integer, like, to_numpy
+from ._arrays import Array, integer, like, pair, to_numpy
 from ._inplace import writable
 
 
@@ -253,3 +253,75 @@ def batch_norm_backward_input(
         activation or "",
     )
     return like(_with_rank(dx, array.ndim), dy)
+
+
+def batch_norm_max_pool_train(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    momentum: float,
+    eps: float,
+    kernel_size: Any,
+    stride: Any = None,
+    *,
+    activation: str | None = None,
+) -> tuple[Array, Array, Array, Array]:
+    """:func:`batch_norm_train` of images, and :func:`max_pool2d` of the result, in one pass.
+
+    Without the normalised image in memory, and with the bits of the two. No padding; windows do not
+    overlap and have at most 256 elements. Returns (y, places, mean, rstd), y and places those of
+    max_pool2d.
+
+    Raises ValueError also for windows that overlap.
+    """
+    kernel = pair(kernel_size, "kernel_size")
+    y, places, mean, rstd = _C.batch_norm_max_pool_train(
+        to_numpy(x, "input"),
+        _optional(weight, "weight"),
+        _optional(bias, "bias"),
+        None if running_mean is None else writable(running_mean, "running_mean"),
+        None if running_var is None else writable(running_var, "running_var"),
+        float(momentum),
+        float(eps),
+        activation or "",
+        kernel,
+        kernel if stride is None else pair(stride, "stride"),
+    )
+    return like(y, x), like(places, x), like(mean, x), like(rstd, x)
+
+
+def batch_norm_max_pool_backward(
+    dy: Array,
+    places: Array,
+    x: Array,
+    weight: Array | None,
+    mean: Array,
+    rstd: Array,
+    kernel_size: Any,
+    stride: Any = None,
+    *,
+    bias: Array | None = None,
+    activation: str | None = None,
+    needs_dx: bool = True,
+) -> tuple[Array | None, Array, Array]:
+    """(dx, dweight, dbias) of :func:`batch_norm_max_pool_train`, dy having the shape of its y.
+
+    dx is None where needs_dx says so; the rest as in :func:`batch_norm_backward`.
+    """
+    kernel = pair(kernel_size, "kernel_size")
+    dx, dweight, dbias = _C.batch_norm_max_pool_backward(
+        to_numpy(dy, "dy"),
+        to_numpy(places, "places"),
+        to_numpy(x, "input"),
+        _optional(weight, "weight"),
+        to_numpy(mean, "mean"),
+        to_numpy(rstd, "rstd"),
+        _optional(bias, "bias"),
+        activation or "",
+        kernel,
+        kernel if stride is None else pair(stride, "stride"),
+        bool(needs_dx),
+    )
+    return None if dx is None else like(dx, dy), like(dweight, dy), like(dbias, dy)
