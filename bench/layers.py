@@ -2,7 +2,8 @@
 
 Both sides are timed as their user calls them: fastconv's time includes the check of the arguments,
 the packing of the weights and the allocation of the output. PyTorch counts with the faster of NCHW
-and channels_last. Every result is compared with PyTorch's before it is timed.
+and channels_last; torch.compile hands a single convolution to the same oneDNN and is left to
+bench.steps. Every result is compared with PyTorch's before it is timed.
 
     python -m bench.layers --set resnet50,vgg16 --ops fwd,dgrad,wgrad --threads 1,2 --json F
 """
@@ -74,14 +75,27 @@ def compare(case: ConvCase, op: str, ours: Call, peers: dict[str, Call]) -> dict
 
 def tags(case: ConvCase) -> tuple[str, ...]:
     """The kinds of layer that the summary gives a mean for."""
-    dense = case.groups == 1
+    kernel, stride, channels = (case.r, case.s), case.stride, min(case.c, case.k)
+    plain = case.groups == 1 and case.dilation == 1
+    first = plain and case.c == 3
+    depthwise = case.groups > 1 and case.groups == case.c == case.k
     kinds = {
-        "3x3 s1 C,K>=64": dense
-        and (case.r, case.s, case.stride) == (3, 3, 1)
-        and min(case.c, case.k) >= 64,
-        "3x3 C=3": dense and (case.r, case.s, case.c) == (3, 3, 3),
-        "1x1": dense and (case.r, case.s) == (1, 1),
-        "depthwise": case.groups > 1 and case.groups == case.c == case.k,
+        "3x3 s1 C,K>=64": plain and kernel == (3, 3) and stride == 1 and channels >= 64,
+        "1x1": plain and kernel == (1, 1),
+        "1x1 at 56": plain and kernel == (1, 1) and case.h == 56,
+        "1x1 at 14 and 7": plain and kernel == (1, 1) and case.h in (14, 7),
+        "3x3 C=3": first and kernel == (3, 3),
+        "7x7 s2 C=3": first and kernel == (7, 7) and stride == 2,
+        "depthwise": depthwise,
+        "depthwise 3x3": depthwise and kernel == (3, 3),
+        "depthwise 5x5": depthwise and kernel == (5, 5),
+        "5x5 s1": plain and kernel == (5, 5) and stride == 1,
+        "dilated 3x3": case.groups == 1 and kernel == (3, 3) and case.dilation != 1,
+        "3x3 s2": plain and not first and kernel == (3, 3) and stride == 2,
+        "7x7": plain and not first and kernel == (7, 7),
+        "1x7, 7x1": plain and kernel in ((1, 7), (7, 1)),
+        "grouped": case.groups > 1 and not depthwise,
+        "C or K of 16 to 32": plain and 16 <= channels <= 32,
     }
     return tuple(kind for kind, belongs in kinds.items() if belongs)
 

@@ -4,9 +4,30 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import fastconv
+
+# What holds every library of the two sides to AVX2. All of them read it when they compute first.
+AVX2 = {
+    "FASTCONV_ISA": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+
+
+class HoldToAvx2(argparse.Action):
+    """The option --avx2."""
+
+    def __call__(self, *_: Any) -> None:
+        os.environ.update(AVX2)
+        if "torch" in sys.modules or fastconv.isa() != "avx2":
+            raise SystemExit("--avx2 needs a process in which nothing has been computed yet")
 
 
 def parser(module: str, description: str | None) -> argparse.ArgumentParser:
@@ -32,6 +53,12 @@ def add_comparison(made: argparse.ArgumentParser, budget: float) -> None:
     made.add_argument("--filter", default="", metavar="NAME", help="only names that contain NAME")
     made.add_argument("--budget", type=float, default=budget, metavar="S", help="seconds a row")
     made.add_argument("--min-rounds", type=int, default=5, metavar="N", help="at least N samples")
+    made.add_argument(
+        "--avx2",
+        action=HoldToAvx2,
+        nargs=0,
+        help="both sides without AVX-512: fastconv, PyTorch's own kernels, oneDNN and MKL",
+    )
     made.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all?")
 
 

@@ -19,6 +19,8 @@ from typing import Any
 import fastconv
 from bench.measure import Samples
 
+# Environment variables that change what is measured.
+VARIABLES = ("OMP_", "GOMP_", "FASTCONV_", "ONEDNN_", "ATEN_", "MKL_")
 PACKAGES = ("fastconv", "numpy", "torch")
 
 
@@ -72,6 +74,23 @@ class Row:
             "peers": {mode: samples.as_json() for mode, samples in self.peers.items()},
             **self.details,
         }
+
+
+def row_from_json(content: dict[str, Any]) -> Row:
+    """The row that as_json() wrote down."""
+    names = {name for name in Row.__dataclass_fields__ if name in content}
+    known = {name: content[name] for name in names}
+    derived = {"gflops", "roofline_ms", "roofline_fraction", "best_peer", "ratio", "fastconv"}
+    known["bound"] = content["roofline_ms"] / 1e3
+    known["tags"] = tuple(content["tags"])
+    known["ours"] = samples_from_json(content["fastconv"])
+    known["peers"] = {mode: samples_from_json(of) for mode, of in content["peers"].items()}
+    known["details"] = {k: v for k, v in content.items() if k not in names | derived}
+    return Row(**known)
+
+
+def samples_from_json(content: dict[str, Any]) -> Samples:
+    return Samples([milliseconds / 1e3 for milliseconds in content["samples_ms"]])
 
 
 @dataclass(frozen=True)
@@ -189,9 +208,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "variables": {
-            name: value
-            for name, value in sorted(os.environ.items())
-            if name.startswith(("OMP_", "GOMP_", "FASTCONV_"))
+            name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)
         },
     }
 

@@ -5,11 +5,13 @@ its fused AdamW. Both sides start from the same weights and see the same batch; 
 starts, the losses of a few steps without dropout must agree.
 
     python -m bench.steps --models smallcnn --threads 1,2 --json F
+    python -m bench.steps --models resnet50,vgg16,efficientnet_b0 --no-compile
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +28,6 @@ from fastconv.summary import summarize
 from fastconv.tensor import Tensor
 from fastconv.train.step import training_loss
 
-MODELS = ["smallcnn"]
-IMAGE = (3, 32, 32)
 CLASSES = 10
 TOLERANCE = 5e-3  # of the loss, between two float32 trajectories
 
@@ -45,10 +45,34 @@ class Training:
         return made
 
 
-TRAINING = Training("AdamW", {"lr": 1e-3}, checked_steps=5)
+ADAMW = Training("AdamW", {"lr": 1e-3}, checked_steps=5)
+SGD = Training("SGD", {"lr": 1e-3, "momentum": 0.9}, checked_steps=2)
 
 
-def batch(size: int, image: tuple[int, int, int] = IMAGE) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True)
+class Work:
+    """A step: so many images of size x size, and how the model is trained."""
+
+    batch: int
+    size: int
+    training: Training = SGD
+
+
+WORK = {
+    "smallcnn": Work(128, 32, ADAMW),
+    "resnet18_cifar": Work(32, 32),
+    "vgg16": Work(4, 224),
+    "resnet50": Work(8, 224),
+    "densenet121": Work(8, 224),
+    "googlenet": Work(8, 224),
+    "efficientnet_b0": Work(8, 224),
+    "resnet20_cifar": Work(128, 32),
+    "resnet18": Work(8, 224),
+}
+QUICK = {"batch": 2, "size": 64}  # the least that every model takes
+
+
+def batch(size: int, image: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Images of logical shape NCHW in channels-last memory, and their labels."""
     rng = np.random.default_rng(0)
     channels, height, width = image
@@ -90,23 +114,28 @@ def run(
     name: str, limit: roofline.Roofline, arguments: argparse.Namespace, peer: ModuleType | None
 ) -> report.Row:
     """Checks and times the training step of one model with one number of threads."""
-    images, labels = batch(8 if arguments.quick else arguments.batch)
+    work = WORK[name]
+    size = min(work.size, QUICK["size"]) if arguments.quick else work.size
+    number = QUICK["batch"] if arguments.quick else arguments.batch or work.batch
+    images, labels = batch(number, (3, size, size))
     fastconv.set_num_threads(limit.threads)
-    model = models.create(name)
+    model = models.create(name, image_size=size)
     peers: dict[str, Call] = {}
-    details: dict[str, object] = {"batch": len(images)}
+    details: dict[str, object] = {"model": name, "batch": number, "image_size": size}
     if peer:
         peer.set_num_threads(limit.threads)
-        details["difference"] = compare(name, models.create(name), images, labels, TRAINING, peer)
+        twin = copy.deepcopy(model)
+        details["difference"] = compare(name, twin, images, labels, work.training, peer)
+        del twin
         compiled = not (arguments.quick or arguments.no_compile)
-        peers = peer.steps(name, model.state_dict(), images, labels, TRAINING, compiled)
-    optimizer = TRAINING.optimizer_of(model.parameters())
+        peers = peer.steps(name, model.state_dict(), images, labels, work.training, compiled)
+    optimizer = work.training.optimizer_of(model.parameters())
     ours = partial(step, model, optimizer, images, labels)
     samples = alternate({"fastconv": ours, **peers}, arguments.budget, arguments.min_rounds)
     flops = training_flops(model, images)
     return report.Row(
         group="steps",
-        name=f"{name} batch {len(images)}",
+        name=f"{name} batch {number} of {size}",
         op="step",
         threads=limit.threads,
         flops=flops,
@@ -129,9 +158,13 @@ def chosen(arguments: argparse.Namespace) -> Iterator[str]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = options.parser("steps", __doc__)
     options.add_comparison(parser, budget=10.0)
-    options.add_choice(parser, "--models", MODELS, MODELS)
-    parser.add_argument("--batch", type=int, default=128, metavar="N", help="images in a batch")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    options.add_choice(parser, "--models", list(WORK), ["smallcnn"])
+    parser.add_argument("--batch", type=int, metavar="N", help="images in a batch (the model's)")
+    parser.add_argument(
+        "--no-compile",
+        action="store_true",
+        help="without torch.compile, which takes minutes for a model of many layers",
+    )
     return parser.parse_args(argv)
 
 

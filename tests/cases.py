@@ -2,17 +2,18 @@
 
 Letters as everywhere in fastconv: x[N, C, H, W], w[K, C/groups, R, S], y[N, K, P, Q].
 
-`RESNET50`, `VGG16`, `SMALLCNN`, `MOBILENET_V1`, `MOBILENET_V2` hold every distinct convolution of
-the network with the number of times it occurs; `NETWORKS` finds them by the name that the
-benchmark's --set takes. `CONV_CASES` and the sweeps are small shapes chosen to break kernels:
-tails, odd geometry, and the shapes on which other libraries failed.
+`RESNET50`, `VGG16`, `SMALLCNN`, ... hold every distinct convolution of the network with the number
+of times it occurs, `KINDS` layers of other networks, a few of each kind; `NETWORKS` finds them by
+the name that the benchmark's --set takes. `CONV_CASES` and the sweeps are small shapes chosen to
+break kernels: tails, odd geometry, and the shapes on which other libraries failed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 Pair = tuple[int, int]
 Sides = tuple[Pair, Pair]  # ((top, bottom), (left, right))
@@ -186,12 +187,123 @@ def _mobilenet_v2() -> Iterable[ConvCase]:
     yield _layer(size, channels, 1280, 1)
 
 
+def _resnet_cifar(widths: Sequence[int], blocks: int) -> Iterable[ConvCase]:
+    """A ResNet of basic blocks for images of 32 x 32."""
+    size, channels = 32, widths[0]
+    yield _layer(size, 3, channels, 3)
+    for width in widths:
+        for block in range(blocks):
+            stride = 2 if block == 0 and width > widths[0] else 1
+            yield _layer(size, channels, width, 3, stride)
+            yield _layer(size // stride, width, width, 3)
+            if stride == 2:
+                yield _layer(size, channels, width, 1, stride)
+            size, channels = size // stride, width
+
+
+def _densenet121() -> Iterable[ConvCase]:
+    yield _layer(224, 3, 64, 7, stride=2)
+    size, channels = 56, 64
+    for layers in (6, 12, 24, 16):
+        for _ in range(layers):
+            yield _layer(size, channels, 128, 1)
+            yield _layer(size, 128, 32, 3)
+            channels += 32
+        if size > 7:
+            yield _layer(size, channels, channels // 2, 1)
+            size, channels = size // 2, channels // 2
+
+
+def _googlenet() -> Iterable[ConvCase]:
+    """torchvision's GoogLeNet without the auxiliary heads: 3x3 where the paper has 5x5."""
+    yield _layer(224, 3, 64, 7, stride=2)
+    yield _layer(56, 64, 64, 1)
+    yield _layer(56, 64, 192, 3)
+    channels = 192
+    for size, one, reduce3, three, reduce5, five, pooled in [
+        (28, 64, 96, 128, 16, 32, 32),
+        (28, 128, 128, 192, 32, 96, 64),
+        (14, 192, 96, 208, 16, 48, 64),
+        (14, 160, 112, 224, 24, 64, 64),
+        (14, 128, 128, 256, 24, 64, 64),
+        (14, 112, 144, 288, 32, 64, 64),
+        (14, 256, 160, 320, 32, 128, 128),
+        (7, 256, 160, 320, 32, 128, 128),
+        (7, 384, 192, 384, 48, 128, 128),
+    ]:
+        yield _layer(size, channels, one, 1)
+        for reduced, width in ((reduce3, three), (reduce5, five)):
+            yield _layer(size, channels, reduced, 1)
+            yield _layer(size, reduced, width, 3)
+        yield _layer(size, channels, pooled, 1)
+        channels = one + three + five + pooled
+
+
+def _efficientnet_b0() -> Iterable[ConvCase]:
+    """The two 1x1 of squeeze and excitation are dense layers in disguise and left out."""
+    yield _layer(224, 3, 32, 3, stride=2)
+    size, channels = 112, 32
+    stages = [(1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3)]
+    stages += [(6, 5, 1, 112, 3), (6, 5, 2, 192, 4), (6, 3, 1, 320, 1)]
+    for expand, kernel, first_stride, width, blocks in stages:
+        for block in range(blocks):
+            stride, hidden = first_stride if block == 0 else 1, expand * channels
+            if expand > 1:
+                yield _layer(size, channels, hidden, 1)
+            yield _layer(size, hidden, hidden, kernel, stride, groups=hidden)
+            size //= stride
+            yield _layer(size, hidden, width, 1)
+            channels = width
+    yield _layer(size, channels, 1280, 1)
+
+
+def _kinds() -> list[ConvCase]:
+    """Layers of further networks: the kinds that those above lack or have once."""
+
+    def kind(
+        network: str, n: int, size: int, c: int, k: int, kernel: Pair, **more: Any
+    ) -> ConvCase:
+        r, s = kernel
+        spread = more.get("dilation", 1)
+        settings = {"padding": (r // 2 * spread, s // 2 * spread), **more}
+        title = f"kinds/{network}_{c}-{k}_{r}x{s}_{size}"
+        return ConvCase(title, n, c, size, size, k, r, s, **settings)
+
+    return [
+        kind("alexnet", 8, 27, 64, 192, (5, 5)),
+        kind("inception", 8, 35, 48, 64, (5, 5)),
+        kind("cyclegan", 8, 56, 128, 128, (5, 5)),
+        kind("deeplab", 8, 28, 256, 256, (3, 3), dilation=2),
+        kind("deeplab", 8, 28, 512, 512, (3, 3), dilation=4),
+        kind("espnet", 8, 56, 64, 64, (3, 3), dilation=2),
+        kind("inception", 8, 17, 128, 128, (1, 7)),
+        kind("inception", 8, 17, 192, 192, (7, 1)),
+        kind("inception", 8, 35, 288, 384, (3, 3), stride=2, padding=0),
+        kind("resnet18", 8, 56, 64, 128, (3, 3), stride=2),
+        kind("resnet18", 8, 28, 128, 256, (3, 3), stride=2),
+        kind("cyclegan", 8, 56, 64, 64, (7, 7)),
+        kind("resnext50", 8, 56, 128, 128, (3, 3), groups=32),
+        kind("resnext50", 8, 28, 256, 256, (3, 3), groups=32),
+        kind("resnext50", 8, 14, 512, 512, (3, 3), groups=32),
+        kind("resnext50", 8, 14, 1024, 1024, (3, 3), groups=32, stride=2),
+        kind("alexnet2012", 8, 27, 96, 256, (5, 5), groups=2),
+        kind("wide32", 8, 56, 32, 32, (3, 3)),
+        kind("wide32", 8, 56, 32, 64, (3, 3)),
+    ]
+
+
+RESNET18_CIFAR = _network("resnet18_cifar", 32, _resnet_cifar((64, 128, 256, 512), 2))
+RESNET20_CIFAR = _network("resnet20_cifar", 128, _resnet_cifar((16, 32, 64), 3))
 RESNET50 = _network("resnet50", 8, _resnet50())
 VGG16 = _network("vgg16", 4, _vgg16())
 SMALLCNN = _network("smallcnn", 128, [_layer(32, 3, 32, 3), _layer(16, 32, 64, 3)])
 MOBILENET_V1 = _network("mobilenet_v1", 8, _mobilenet_v1())
 MOBILENET_V2 = _network("mobilenet_v2", 8, _mobilenet_v2())
 MOBILENET = MOBILENET_V1 + MOBILENET_V2
+DENSENET121 = _network("densenet121", 8, _densenet121())
+GOOGLENET = _network("googlenet", 8, _googlenet())
+EFFICIENTNET_B0 = _network("efficientnet_b0", 8, _efficientnet_b0())
+KINDS = _kinds()
 
 NETWORKS: dict[str, list[ConvCase]] = {
     "resnet50": RESNET50,
@@ -200,6 +312,12 @@ NETWORKS: dict[str, list[ConvCase]] = {
     "mobilenet": MOBILENET,
     "mobilenet_v1": MOBILENET_V1,
     "mobilenet_v2": MOBILENET_V2,
+    "resnet18_cifar": RESNET18_CIFAR,
+    "resnet20_cifar": RESNET20_CIFAR,
+    "densenet121": DENSENET121,
+    "googlenet": GOOGLENET,
+    "efficientnet_b0": EFFICIENTNET_B0,
+    "kinds": KINDS,
 }
 
 

@@ -54,6 +54,7 @@ def settings() -> Iterator[None]:
     fastconv.set_num_threads(THREADS)
     fastconv._C.set_algorithm("")
     fastconv.set_precision("default")
+    fastconv.load_tuning(None)
 
 
 @pytest.fixture

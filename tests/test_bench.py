@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fastconv
 from bench import layers, measure, models, report, roofline, steps
-from tests.cases import SMALLCNN
+from fastconv.models import create as create_model
+from tests.cases import NETWORKS, SMALLCNN
 
 
 def row(
@@ -49,6 +51,30 @@ def test_means_of_all_rows_of_each_set_and_of_each_tag() -> None:
     assert means["1x1"].ratios == {"fwd": 1, "all": 1}
     assert means["all"].lowest_ratio == 1
     assert "| net " in report.means_table(list(means.values()))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *((name, 32) for name in ("smallcnn", "resnet18_cifar", "resnet20_cifar")),
+        *((name, 224) for name in ("resnet50", "densenet121", "googlenet", "efficientnet_b0")),
+    ],
+)
+def test_the_layer_sets_are_those_of_the_models(name: str, size: int) -> None:
+    """They are written by hand; the record of a forward pass tells whether they are complete."""
+    model = create_model(name, image_size=size).eval()
+    fastconv._C.start_recording()
+    with fastconv.no_grad():
+        model(np.zeros((1, 3, size, size), np.float32))
+    recorded = {
+        (*x[1:], *w, stride[0], padding[0], groups)
+        for (_, x, w, stride, padding, _, groups), _ in fastconv._C.stop_recording()
+        if x[2] > 1  # dense layers run as 1x1 convolutions of one pixel
+    }
+    assert recorded == {
+        (*case.x_shape[1:], *case.w_shape, case.stride, case.padding, case.groups)
+        for case in NETWORKS[name]
+    }
 
 
 def test_table_is_aligned() -> None:

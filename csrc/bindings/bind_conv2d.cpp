@@ -6,6 +6,7 @@
 #include "core/check.h"
 #include "cpu/conv2d.h"
 #include "cpu/elementwise.h"
+#include "cpu/tuning.h"
 
 namespace fastconv::bindings {
 namespace {
@@ -160,6 +161,52 @@ Conv2dProblem describe(const Shape& x, const Shape& w, Pair stride, const Paddin
   return make_conv2d(dtype == "float32" ? DType::kFloat32 : DType::kFloat64, x, w, stride, padding, dilation, groups);
 }
 
+// (dtype, x shape, w shape, stride, padding, dilation, groups): a problem as Python writes it down.
+using Description = std::tuple<std::string, Shape, Shape, Pair, Padding, Pair, int64_t>;
+
+Conv2dProblem problem_of(const Description& d) {
+  const auto& [dtype, x, w, stride, padding, dilation, groups] = d;
+  return describe(x, w, stride, padding, dilation, groups, dtype);
+}
+
+Description description_of(const Conv2dProblem& a) {
+  return {name(a.dtype),
+          a.x_shape(),
+          a.w_shape(),
+          {a.stride_h, a.stride_w},
+          std::array<int64_t, 4>{a.pad_top, a.pad_bottom, a.pad_left, a.pad_right},
+          {a.dilation_h, a.dilation_w},
+          a.groups};
+}
+
+void bind_tuning(py::module_& m) {
+  using namespace py::literals;
+  m.def(
+      "set_tuning",
+      [](const std::string& source, const std::string& isa,
+         const std::vector<std::tuple<Description, std::string, std::string>>& choices) {
+        std::vector<cpu::TunedProblem> problems;
+        for (const auto& [description, direction, implementation] : choices)
+          problems.push_back({problem_of(description), cpu::parse_direction(direction), implementation});
+        cpu::set_tuning(source, isa, problems);
+      },
+      "source"_a, "isa"_a, "choices"_a);
+  m.def("tuning_source", &cpu::tuning_source);
+  m.def("start_recording", &cpu::start_recording);
+  m.def("stop_recording", [] {
+    std::vector<std::pair<Description, std::string>> problems;
+    for (const cpu::Recorded& one : cpu::stop_recording())
+      problems.emplace_back(description_of(one.problem), cpu::name_of(one.direction));
+    return problems;
+  });
+  m.def(
+      "conv2d_candidates",
+      [](const Description& problem, const std::string& direction) {
+        return cpu::conv2d_candidates(problem_of(problem), cpu::parse_direction(direction));
+      },
+      "problem"_a, "direction"_a);
+}
+
 }  // namespace
 
 void bind_conv2d(py::module_& m) {
@@ -182,13 +229,15 @@ void bind_conv2d(py::module_& m) {
       "explain_conv2d",
       [](const Shape& x, const Shape& w, Pair stride, const Padding& padding, Pair dilation, int64_t groups,
          const std::string& dtype, const std::string& direction) {
-        return cpu::explain_conv2d(describe(x, w, stride, padding, dilation, groups, dtype), direction);
+        return cpu::explain_conv2d(describe(x, w, stride, padding, dilation, groups, dtype),
+                                   cpu::parse_direction(direction));
       },
       "x_shape"_a, "w_shape"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a, "dtype"_a, "direction"_a);
   m.def("set_strict_precision", &cpu::set_strict_precision, "on"_a);
   m.def("strict_precision", &cpu::strict_precision);
   m.def("set_algorithm", &cpu::set_conv2d_algorithm, "name"_a,
-        "Forces one convolution algorithm by name; '' lets the lists decide.");
+        "Forces one convolution algorithm by name in this thread; '' lets the lists decide.");
+  bind_tuning(m);
 }
 
 }  // namespace fastconv::bindings

@@ -2,7 +2,9 @@
 // last of a list never declines. explain() shows the same walk to the user.
 #pragma once
 
+#include <algorithm>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -16,9 +18,12 @@ template <class Problem, class Arguments> struct Implementation {
   void (*run)(const Problem&, const Arguments&);
 };
 
-// The first that accepts; a forced name must exist and accept.
+// The first that accepts. A forced name must exist and accept; a preferred one goes first where it accepts.
 template <class List, class Problem>
-const auto& select(const List& list, const Problem& problem, const std::string& forced) {
+const auto& select(const List& list, const Problem& problem, const std::string& forced, std::string_view preferred) {
+  if (forced.empty() && !preferred.empty())
+    for (const auto& implementation : list)
+      if (preferred == implementation.name && implementation.supports(problem) == nullptr) return implementation;
   for (const auto& implementation : list) {
     if (!forced.empty() && forced != implementation.name) continue;
     const char* reason = implementation.supports(problem);
@@ -28,15 +33,36 @@ const auto& select(const List& list, const Problem& problem, const std::string& 
   throw std::invalid_argument("no algorithm named '" + forced + "' for this direction");
 }
 
+// Every one that accepts, in the order of the list.
+template <class List, class Problem> std::vector<std::string> candidates(const List& list, const Problem& problem) {
+  std::vector<std::string> names;
+  for (const auto& implementation : list)
+    if (implementation.supports(problem) == nullptr) names.emplace_back(implementation.name);
+  return names;
+}
+
 using Explanation = std::vector<std::pair<std::string, std::string>>;  // name, reason ("" for the one that runs)
 
-template <class List, class Problem> Explanation explain(const List& list, const Problem& problem) {
+// Where `chooser` prefers one that accepts, it comes last, behind all that it was preferred to.
+template <class List, class Problem>
+Explanation explain(const List& list, const Problem& problem, std::string_view preferred = {},
+                    const std::string& chooser = {}) {
+  const auto accepted = candidates(list, problem);
+  const bool honoured = std::find(accepted.begin(), accepted.end(), preferred) != accepted.end();
   Explanation rows;
   for (const auto& implementation : list) {
+    const bool is_preferred = preferred == implementation.name;
     const char* reason = implementation.supports(problem);
-    rows.emplace_back(implementation.name, reason ? reason : "");
-    if (reason == nullptr) break;
+    if (!honoured) {
+      rows.emplace_back(implementation.name, !reason        ? std::string()
+                                             : is_preferred ? concat("chosen by ", chooser, ", but ", reason)
+                                                            : reason);
+      if (!reason) break;
+    } else if (!is_preferred) {
+      rows.emplace_back(implementation.name, reason ? reason : concat(preferred, " was chosen by ", chooser));
+    }
   }
+  if (honoured) rows.emplace_back(preferred, "");
   return rows;
 }
 

@@ -3,12 +3,12 @@
 
 #include <atomic>
 #include <cstring>
-#include <mutex>
 #include <numeric>
 
 #include "core/allocator.h"
 #include "cpu/elementwise.h"
 #include "cpu/parallel.h"
+#include "cpu/tuning.h"
 
 namespace fastconv::cpu {
 namespace {
@@ -42,14 +42,24 @@ constexpr ConvBackwardWeight kBackwardWeight[] = {
     {"reference", reference::supports, reference::backward_weight},
 };
 
-std::mutex algorithm_mutex;
-std::string forced_algorithm;
+thread_local std::string forced_algorithm;
 
 std::atomic<bool> strict{false};
 
-std::string forced() {
-  std::lock_guard<std::mutex> lock(algorithm_mutex);
-  return forced_algorithm;
+// What runs, by force, by a tuning file, or by the order of the list.
+template <class List> const auto& choose(const List& list, const Conv2dProblem& problem, Direction direction) {
+  record(problem, direction);
+  return select(list, problem, forced_algorithm, tuned_implementation(problem, direction).name);
+}
+
+// Calls f with the list of a direction.
+template <class F> auto with_list(Direction direction, F&& f) {
+  switch (direction) {
+    case Direction::kForward: return f(kForward);
+    case Direction::kBackwardInput: return f(kBackwardInput);
+    case Direction::kBackwardWeight: break;
+  }
+  return f(kBackwardWeight);
 }
 
 int64_t elements(const Shape& s) { return s[0] * s[1] * s[2] * s[3]; }
@@ -61,7 +71,6 @@ void set_conv2d_algorithm(const std::string& name) {
   for (const auto& implementation : kForward) known = known || name == implementation.name;
   for (const auto& implementation : kBackwardInput) known = known || name == implementation.name;
   FC_CHECK(known, "no convolution algorithm named '", name, "'");
-  std::lock_guard<std::mutex> lock(algorithm_mutex);
   forced_algorithm = name;
 }
 
@@ -75,7 +84,7 @@ void conv2d_forward(const Conv2dProblem& problem, const ForwardArguments& args) 
   const bool is_clamp = args.activation == Activation::kNone || args.activation == Activation::kReLU ||
                         args.activation == Activation::kReLU6;
   if (!is_clamp) clamped.activation = Activation::kNone;
-  select(kForward, problem, forced()).run(problem, clamped);
+  choose(kForward, problem, Direction::kForward).run(problem, clamped);
   if (!is_clamp) apply_activation(args.activation, problem.dtype, args.y, elements(problem.y_shape()));
 }
 
@@ -86,22 +95,32 @@ void conv2d_backward_input(const Conv2dProblem& problem, const BackwardInputArgu
     std::memset(args.dx, 0, size * itemsize(problem.dtype));
     return;
   }
-  select(kBackwardInput, problem, forced()).run(problem, args);
+  choose(kBackwardInput, problem, Direction::kBackwardInput).run(problem, args);
 }
 
 void conv2d_backward_weight(const Conv2dProblem& problem, const BackwardWeightArguments& args) {
   if (elements(problem.w_shape()) == 0) return;
   // The plain loops define an empty sum, too.
   if (problem.empty()) return reference::backward_weight(problem, args);
-  select(kBackwardWeight, problem, forced()).run(problem, args);
+  choose(kBackwardWeight, problem, Direction::kBackwardWeight).run(problem, args);
 }
 
-Explanation explain_conv2d(const Conv2dProblem& problem, const std::string& direction) {
-  if (direction == "forward") return explain(kForward, problem);
-  if (direction == "backward_input") return explain(kBackwardInput, problem);
-  if (direction == "backward_weight") return explain(kBackwardWeight, problem);
-  throw std::invalid_argument("direction must be 'forward', 'backward_input' or 'backward_weight', got '" + direction +
-                              "'");
+Explanation explain_conv2d(const Conv2dProblem& problem, Direction direction) {
+  const TunedChoice tuned = tuned_implementation(problem, direction);
+  return with_list(direction, [&](const auto& list) {
+    return explain(list, problem, tuned.name, concat("tuning file '", tuned.source, "'"));
+  });
+}
+
+std::vector<std::string> conv2d_candidates(const Conv2dProblem& problem, Direction direction) {
+  return with_list(direction, [&](const auto& list) { return candidates(list, problem); });
+}
+
+void check_implementation(const std::string& name, Direction direction) {
+  const bool known = with_list(direction, [&](const auto& list) {
+    return std::any_of(std::begin(list), std::end(list), [&](const auto& one) { return name == one.name; });
+  });
+  FC_CHECK(known, "no implementation '", name, "' of ", name_of(direction));
 }
 
 namespace {

@@ -41,8 +41,13 @@ void conv2d_backward_weight(const Conv2dProblem&, const BackwardWeightArguments&
 // db[channels] = the sum of dy[rows][channels] over rows.
 void channel_sums(DType, int64_t rows, int64_t channels, const void* dy, void* db);
 
-Explanation explain_conv2d(const Conv2dProblem&, const std::string& direction);
-void set_conv2d_algorithm(const std::string& name);  // "" lets the lists decide; for tests and experiments
+enum class Direction : uint8_t { kForward, kBackwardInput, kBackwardWeight };
+
+Explanation explain_conv2d(const Conv2dProblem&, Direction);
+std::vector<std::string> conv2d_candidates(const Conv2dProblem&, Direction);  // all that accept, fastest first
+void check_implementation(const std::string& name, Direction);                // throws unless there is one
+// For this thread; "" lets the lists decide. For tests, experiments and tuning.
+void set_conv2d_algorithm(const std::string& name);
 
 // Strict precision refuses algorithms with a larger error than a plain sum has, as Winograd's.
 void set_strict_precision(bool);

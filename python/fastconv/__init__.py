@@ -8,6 +8,7 @@ Every operation and its backward is a function here (``fastconv.conv2d``,
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 from . import _C, ops
@@ -43,13 +44,17 @@ _MODULES = (
     "summary",
     "tensor",
     "train",
+    "tuning",
     "weights",
 )
 _NAMES = {
     "Tensor": "tensor",
     "no_grad": "tensor",
+    "load_tuning": "tuning",
+    "loaded_tuning": "tuning",
     "manual_seed": "nn",
     "read_weights": "weights",
+    "tune": "tuning",
 }
 
 
@@ -83,3 +88,8 @@ __all__ = [
     "set_num_threads",
     "set_precision",
 ]
+
+if os.environ.get("FASTCONV_TUNING"):
+    from .tuning import load_tuning
+
+    load_tuning(os.environ["FASTCONV_TUNING"])

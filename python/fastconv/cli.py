@@ -1,4 +1,4 @@
-"""The command `fastconv`: train, eval, show, summary, info.
+"""The command `fastconv`: train, eval, show, summary, tune, info.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed on the way, 2
 asked for something that is not there or not possible, 130 interrupted. An error is one line;
@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_show(commands)
     _add_summary(commands)
+    _add_tune(commands)
     _add_info(commands)
     return parser
 
@@ -323,11 +324,26 @@ def _show(options: argparse.Namespace) -> None:
 def _add_summary(commands: Any) -> None:
     text = "describe a model, a row a layer, for one image"
     parser = _add_command(commands, "summary", _summary, text)
+    _add_model(parser)
+
+
+def _add_model(parser: _Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="name of the model")
     parser.add_argument(
         "--input-size", type=_sizes, default=(3, 32, 32), metavar="C,H,W", help="(3,32,32)"
     )
     parser.add_argument("--num-classes", type=int, default=10, metavar="N", help="(10)")
+
+
+def _model(options: argparse.Namespace) -> Any:
+    from fastconv import models
+
+    channels, height, width = options.input_size
+    if height != width:
+        raise ValueError(f"the models take square images, got {height} x {width}")
+    return models.create(
+        options.model, in_channels=channels, image_size=height, num_classes=options.num_classes
+    )
 
 
 def _sizes(text: str) -> tuple[int, int, int]:
@@ -341,17 +357,33 @@ def _sizes(text: str) -> tuple[int, int, int]:
 
 
 def _summary(options: argparse.Namespace) -> None:
-    from fastconv import models
     from fastconv.summary import summarize
 
-    channels, height, width = options.input_size
-    if height != width:
-        raise ValueError(f"the models take square images, got {height} x {width}")
-    model = models.create(
-        options.model, in_channels=channels, image_size=height, num_classes=options.num_classes
-    )
-    summary = summarize(model, options.input_size)
+    summary = summarize(_model(options), options.input_size)
     print(json.dumps(summary.as_dict()) if options.json else summary)
+
+
+def _add_tune(commands: Any) -> None:
+    text = "measure which implementation of each convolution of a model is fastest here"
+    parser = _add_command(commands, "tune", _tune, text)
+    _add_model(parser)
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="(32)")
+    parser.add_argument("--threads", type=int, metavar="N", help="(all cores)")
+    parser.add_argument(
+        "--out", default="tuning.json", metavar="FILE", help="for FASTCONV_TUNING (tuning.json)"
+    )
+
+
+def _tune(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    _set_threads(options.threads)
+    if options.batch_size < 1:
+        raise ValueError(f"batch-size must be at least 1, got {options.batch_size}")
+    channels, height, width = options.input_size
+    images = np.zeros((options.batch_size, height, width, channels), np.float32)
+    tuning = fastconv.tune(_model(options), images.transpose(0, 3, 1, 2), options.out)
+    print(json.dumps(tuning.as_dict()) if options.json else f"{tuning}\nwritten to {options.out}")
 
 
 def _add_info(commands: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, runtime
+from . import __version__, runtime, tuning
 
 
 def cpu_model() -> str:
@@ -48,6 +48,7 @@ def collect() -> dict[str, Any]:
         "threads": runtime.get_num_threads(),
         "cpus_usable": len(os.sched_getaffinity(0)),
         "openmp_runtimes": openmp_runtimes(),
+        "tuning": tuning.loaded_tuning() or "none",
         "gpu": "none: this version has CPU kernels only",
         "allocator": runtime.memory_stats(),
         "executable": sys.executable,
