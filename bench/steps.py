@@ -46,7 +46,7 @@ class Training:
 
 
 ADAMW = Training("AdamW", {"lr": 1e-3}, checked_steps=5)
-SGD = Training("SGD", {"lr": 1e-3, "momentum": 0.9}, checked_steps=2)
+SGD = Training("SGD", {"lr": 1e-4, "momentum": 0.9}, checked_steps=2)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ WORK = {
     "resnet20_cifar": Work(128, 32),
     "resnet18": Work(8, 224),
 }
-QUICK = {"batch": 2, "size": 64}  # the least that every model takes
+QUICK = {"batch": 8, "size": 64}  # what every model takes, with enough values for its batch norms
 
 
 def batch(size: int, image: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -33,7 +33,9 @@ __all__ = ["Tuning", "load_tuning", "loaded_tuning", "tune"]
 
 FORMAT = "fastconv tuning 1"
 # As the compiled module has a problem, and the names of its parts in a file.
-Problem = tuple[str, list[int], list[int], Sequence[int], Sequence[int], Sequence[int], int]
+Four: TypeAlias = tuple[int, int, int, int]
+Two: TypeAlias = tuple[int, int]
+Problem: TypeAlias = tuple[str, Four, Four, Two, Four, Two, int]
 PARTS = ("dtype", "x", "w", "stride", "padding", "dilation", "groups")
 DIRECTIONS = ("forward", "backward_input", "backward_weight")
 
@@ -207,8 +209,9 @@ def _recorded(model: Callable[..., Any], input: Any) -> Iterator[tuple[Problem, 
     finally:
         problems = _C.stop_recording()
         nn.set_rng_state(state)
-    for (dtype, x, w, stride, padding, dilation, groups), direction in problems:
-        yield (dtype, *map(tuple, (x, w, stride, padding, dilation)), groups), direction
+    for parts, direction in problems:
+        problem: Any = tuple(tuple(p) if isinstance(p, list) else p for p in parts)
+        yield problem, direction
 
 
 def _tensors(output: Any) -> Iterator[Any]:
@@ -248,9 +251,9 @@ def _calls(problem: Problem) -> dict[str, Callable[[], object]]:
         n, c, h, w = shape
         return rng.standard_normal((n, h, w, c), np.dtype(dtype).type).transpose(0, 3, 1, 2)
 
-    settings: Any = stride, tuple(padding), dilation, groups
+    settings = stride, padding, dilation, groups
     x, w = operand(x_shape), operand(w_shape)
-    dy = operand(_C.conv2d_output_shape(x_shape, w_shape, *settings))
+    dy = operand(_C.conv2d_output_shape(list(x_shape), list(w_shape), *settings))
     return {
         "forward": lambda: _C.conv2d(x, w, None, None, *settings, ""),
         "backward_input": lambda: _C.conv2d_backward(dy, x, w, *settings, [True, False, False]),
