@@ -25,9 +25,12 @@ class HoldToAvx2(argparse.Action):
     """The option --avx2."""
 
     def __call__(self, *_: Any) -> None:
+        late = "--avx2 needs a process in which nothing has been computed yet"
+        if "torch" in sys.modules:
+            raise SystemExit(late)
         os.environ.update(AVX2)
-        if "torch" in sys.modules or fastconv.isa() != "avx2":
-            raise SystemExit("--avx2 needs a process in which nothing has been computed yet")
+        if fastconv.isa() != "avx2":
+            raise SystemExit(late)
 
 
 def parser(module: str, description: str | None) -> argparse.ArgumentParser:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fastconv
-from bench import layers, measure, models, report, roofline, steps
+from bench import layers, measure, models, performance, report, roofline, steps
 from fastconv.models import create as create_model
 from tests.cases import NETWORKS, SMALLCNN
+from tests.test_process import interpreter_environment
 
 
 def row(
@@ -176,6 +180,148 @@ def test_a_check_that_failed_or_did_not_run_has_no_tick() -> None:
     assert models.outcomes(f"<testsuite>{xml}</testsuite>") == {
         "a": {"keys": "passed", "logits": "failed", "gradients": "failed", "losses": "failed"}
     }
+
+
+def results_file(folder: Path, name: str, rows: list[report.Row], isa: str = "avx512") -> None:
+    limit = roofline.Roofline(threads=1, peak=1e11, bandwidth={10: 5e10, 1000: 5e9})
+    environment = {**report.environment(), "isa": isa}
+    report.write_json(
+        folder / f"{name}.json",
+        {
+            "bench": name,
+            "environment": environment,
+            "roofline": [limit.as_json()],
+            "results": [row.as_json() for row in rows],
+        },
+    )
+
+
+def layer(name: str, op: str, peer: float, *, group: str = "resnet50", tag: str = "") -> report.Row:
+    details = {"case": {}, "traffic": 1e6}
+    return replace(
+        row([1.0, 1.0], op=op, tags=(tag,), NCHW=peer), group=group, name=name, details=details
+    )
+
+
+def test_a_row_is_read_back_as_it_was_written() -> None:
+    written = layer("a", "fwd", 2.0, tag="1x1")
+    content = json.loads(json.dumps(written.as_json()))
+    assert report.row_from_json(content) == written
+    assert report.row_from_json(json.loads(json.dumps(row([1.0]).as_json()))).ratio is None
+
+
+def test_targets_are_judged_by_mean_and_lowest(tmp_path: Path) -> None:
+    tag, tag5 = "3x3 s1 C,K>=64", "5x5 s1"
+    results_file(
+        tmp_path,
+        "layers-resnet50",
+        [
+            layer("a", "fwd", 4.0, tag=tag),
+            layer("b", "dgrad", 1.9, tag=tag),  # a mean of 2.76, but one below 2.0
+            layer("c", "wgrad", 3.3, tag=tag),
+            layer("d", "fwd", 0.5, tag=tag5),
+        ],
+    )
+    results_file(tmp_path, "layers-avx2", [layer("a", "fwd", 3.0)], isa="avx2")
+    step = replace(row([1.0], op="step", NCHW=3.5), group="steps", name="smallcnn batch 128 of 32")
+    right = replace(step, details={"model": "smallcnn", "batch": 128})
+    wrong = replace(step, details={"model": "smallcnn", "batch": 1})
+    results_file(tmp_path, "steps", [right, wrong])
+    runs = performance.load(tmp_path)
+    assert [run.name for run in runs] == ["layers-resnet50", "layers-avx2", "steps"]
+    lines = performance.targets_table(runs).splitlines()
+
+    def cells(work: str) -> list[str]:
+        (line,) = (line for line in lines if line.startswith(f"| {work} "))
+        return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+    assert cells("3x3 stride 1, C, K >= 64: forward, input gradient") == [
+        "1", "2", "2.60x", "2.76x", "2.00x", "1.90x", "no"
+    ]  # fmt: skip
+    assert cells("3x3 stride 1, C, K >= 64: weight gradient")[-1] == "yes"
+    assert cells("5x5 stride 1")[-2:] == ["0.50x", "no"]
+    assert cells("training step: smallcnn b128")[1:] == [
+        "1", "3.00x", "3.50x", "-", "3.50x", "yes"
+    ]  # fmt: skip
+    assert cells("training step: vgg16 b4")[-1] == "not measured"
+    assert cells("AVX2 on both sides: the layers of the four networks")[3] == "3.00x"
+    assert cells("all layers of ResNet-50, VGG-16, SmallCNN, EfficientNet-B0")[1] == "4"
+
+
+def test_the_page_has_every_loss_and_its_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [layer("won", "fwd", 2.0), layer("lost", "dgrad", 0.4), layer("drawn", "wgrad", 0.9)]
+    results_file(tmp_path, "layers-resnet50", rows)
+    page = tmp_path / "docs" / "page.md"
+    performance.main(["--folder", str(tmp_path), "--page", str(page)])
+    text = page.read_text()
+    lost = text.partition("Where PyTorch is faster")[2]
+    assert lost.index("lost") < lost.index("drawn") and "won" not in lost
+    for name in ("performance_ratio.png", "performance_roofline.png"):
+        assert f"({name})" in text and (page.parent / name).stat().st_size > 1000
+    assert performance.losses([rows[0]]) == "None."
+
+
+def test_runs_that_have_their_file_are_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[str]] = []
+
+    def fake(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        ran.append(command)
+        return subprocess.CompletedProcess(command, returncode=1)
+
+    results_file(tmp_path, "layers-resnet50", [layer("a", "fwd", 2.0)])
+    monkeypatch.setattr(performance.subprocess, "run", fake)
+    performance.measure(tmp_path)
+    assert len(ran) == len(performance.RUNS) - 1
+    assert not any("resnet50" in command for command in ran[:4])
+    assert all(command[-2:][0] == "--json" for command in ran)
+
+
+def test_the_runs_are_commands_that_parse() -> None:
+    for name, (module, *words) in performance.RUNS.items():
+        parse = {"bench.layers": layers.parse, "bench.steps": steps.parse}.get(module)
+        if parse and "--avx2" not in words:
+            assert parse(words).budget > 0, name
+
+
+def test_layers_fall_into_the_kinds_of_the_targets() -> None:
+    cases = {case.name: layers.tags(case) for network in NETWORKS.values() for case in network}
+    assert cases["resnet50/64-64_3x3_56"] == ("3x3 s1 C,K>=64",)
+    assert cases["resnet50/64-256_1x1_56"] == ("1x1", "1x1 at 56")
+    assert cases["resnet50/3-64_7x7_224_s2"] == ("7x7 s2 C=3",)
+    assert cases["vgg16/3-64_3x3_224"] == ("3x3 C=3",)
+    assert cases["efficientnet_b0/dw144_5x5_56_s2"] == ("depthwise", "depthwise 5x5")
+    assert cases["kinds/deeplab_256-256_3x3_28"] == ("dilated 3x3",)
+    assert cases["kinds/resnext50_128-128_3x3_56"] == ("grouped",)
+    known = {tag for kinds in cases.values() for tag in kinds}
+    assert {t.tag for t in performance.TARGETS if t.tag} <= known
+
+
+def test_avx2_holds_both_sides(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    if "avx2" not in fastconv.available_isas():
+        pytest.skip("no AVX2 here")
+    path = tmp_path / "layers.json"
+    script = (
+        "from bench import layers; layers.main(['--avx2', '--quick', '--set', 'smallcnn', '--ops',"
+        f"'fwd', '--threads', '1', '--budget', '0', '--min-rounds', '1', '--json', {str(path)!r}]);"
+        "import torch; print(torch.backends.cpu.get_cpu_capability())"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=interpreter_environment(FASTCONV_ISA=None),
+        cwd=Path(layers.__file__).parents[1],
+    )
+    assert out.stdout.strip().endswith("AVX2"), out.stderr
+    environment = json.loads(path.read_text())["environment"]
+    assert environment["isa"] == "avx2"
+    assert environment["variables"]["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    with pytest.raises(SystemExit, match="nothing has been computed"):
+        layers.main(["--avx2"])  # this process has computed with other kernels
 
 
 def test_unknown_names_are_refused() -> None:

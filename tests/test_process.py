@@ -373,6 +373,44 @@ def test_openmp_environment(environment, expected):
     assert run("print(digest())", **environment) == expected
 
 
+def test_torch_shares_the_threads(expected):
+    """What both start together is what one of them starts: no core has to do the work of two."""
+    pytest.importorskip("torch")
+    out = run("""
+        import torch
+        import fastconv as fc
+        tasks = lambda: len(os.listdir("/proc/self/task"))
+        fc.set_num_threads(3)
+        torch.set_num_threads(3)
+        before = tasks()
+        result = digest()
+        ours = tasks()
+        for _ in range(3):
+            torch.nn.functional.conv2d(*map(torch.tensor, inputs()))
+            digest()
+        print(result, ours - before, tasks() - ours)
+    """, OMP_NUM_THREADS="3")  # fmt: skip
+    assert out.split() == [expected, "2", "0"]
+
+
+def test_small_work_stays_in_one_thread():
+    out = run("""
+        import fastconv as fc
+        fc.set_num_threads(2)
+        tasks = lambda: len(os.listdir("/proc/self/task"))
+        before = tasks()
+        x, w = np.ones((1, 32, 8, 8), "f"), np.ones((32, 32, 3, 3), "f")
+        assert fc.explain("conv2d", x.shape, w.shape, padding=1)[-1][0] == "winograd"
+        y = fc.conv2d(x, w, padding=1)
+        fc.conv2d_backward(y, x, w, padding=1, needs=(True, True, False))
+        assert fc.get_num_threads() == 2
+        small = tasks()
+        fc.conv2d(*inputs(4, 64, 64, 40), padding=1)
+        print(small - before, tasks() - small)
+    """)  # fmt: skip
+    assert out == "0 1"
+
+
 def test_omp_num_threads_is_honoured():
     assert run("import fastconv as fc; print(fc.get_num_threads())", OMP_NUM_THREADS="3") == "3"
 

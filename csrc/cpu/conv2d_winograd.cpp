@@ -486,19 +486,30 @@ const char* supports_outputs(const Conv2dProblem& a, int64_t rows, int64_t colum
   return direct::supports(a);
 }
 
+// Each thread reads weights that another has transformed. One core of Zen 4 against two, forward: 32 -> 32 channels at
+// 16 x 16 27 and 36 us, four images 76 and 65; 64 -> 64 at 14 x 14 (7 million) 89 and 93.
+constexpr int64_t kThreadMultiplyAdds = int64_t{1} << 22;
+
+int64_t threads_worth(const Conv2dProblem& a) { return a.n * a.p * a.q * a.k * a.cg() * kTaps / kThreadMultiplyAdds; }
+
 }  // namespace
 
 const char* supports(const Conv2dProblem& a) { return supports_outputs(a, a.p, a.q); }
 const char* supports_backward_input(const Conv2dProblem& a) { return supports_outputs(a, a.h, a.w); }
 
-void forward(const Conv2dProblem& a, const ForwardArguments& args) { convolve(direct::forward_problem(a, args)); }
+void forward(const Conv2dProblem& a, const ForwardArguments& args) {
+  const ThreadLimit limit(threads_worth(a));
+  convolve(direct::forward_problem(a, args));
+}
 
 void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) {
+  const ThreadLimit limit(threads_worth(a));
   convolve(direct::backward_problem(a, args, backward_axes(a.h, 3, 1, a.pad_top, 1)[0],
                                     backward_axes(a.w, 3, 1, a.pad_left, 1)[0]));
 }
 
 void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args) {
+  const ThreadLimit limit(threads_worth(a));
   differentiate(direct::weight_gradient_problem(a, args));
 }
 

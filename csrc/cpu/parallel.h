@@ -17,6 +17,19 @@ namespace fastconv::cpu {
 int num_threads();            // threads that a parallel_for may use now; 1 in a forked child
 void set_num_threads(int n);  // throws unless 1 <= n <= 1024
 
+// While it lives, num_threads() is at most `most`, at least 1, for the thread that made it: for work so small that what
+// the threads read of each other's caches costs more than they gain.
+class ThreadLimit {
+ public:
+  explicit ThreadLimit(int64_t most);
+  ~ThreadLimit();
+  ThreadLimit(const ThreadLimit&) = delete;
+  ThreadLimit& operator=(const ThreadLimit&) = delete;
+
+ private:
+  int64_t outer_;
+};
+
 // Runs body(chunk, thread) for chunk = 0 .. chunks-1, thread < threads. The first exception stops the rest and is
 // rethrown to the caller. A caller with one scratch area a thread asks num_threads() once and passes it on, because
 // another Python thread may change it in between. Taking the next chunk is a locked instruction, which also makes the
