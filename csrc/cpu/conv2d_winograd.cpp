@@ -15,6 +15,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
+#include <vector>
 
 #include "core/allocator.h"
 #include "cpu/conv2d_direct.h"
@@ -233,12 +235,6 @@ void run_small(const DirectProblem& d, const Tiles& tiles, const Axis& rows, con
   const int64_t channels = d.source.channels, u_position = channels * panels.tile_k + kSkew;
   const int64_t u_panel = kPositions * u_position;
 
-  Buffer weights(d.groups * panels.count() * u_panel * sizeof(float));
-  parallel_for(d.groups * panels.count(), [&](int64_t i, int) {
-    transform_weights(d.w, rows, columns, panels, i / panels.count(), i % panels.count(), {0, channels},
-                      weights.as<float>() + i * u_panel, u_position);
-  });
-
   // Whole register tiles that fit L2, but not so many that a thread would find no work.
   const int threads = num_threads();
   const int64_t tile = kernels().conv2d.tile_pixels;
@@ -248,18 +244,25 @@ void run_small(const DirectProblem& d, const Tiles& tiles, const Axis& rows, con
   const int64_t size = ceil_divide(tiles.count(), blocks);
   const int64_t v_position = input_position(channels, size), m_position = size * panels.tile_k + kSkew;
   const int64_t scratch_floats = kPositions * (v_position + m_position);
-  Buffer scratch(threads * scratch_floats * sizeof(float));
+  // Each thread transforms the weights of its groups for itself: from another core's caches they are slower to fetch
+  // than to make.
+  const int64_t weight_floats = panels.count() * u_panel;
+  Buffer scratch(threads * scratch_floats * sizeof(float)), weights(threads * weight_floats * sizeof(float));
+  std::vector<int64_t> transformed(threads, -1);  // the group whose weights a thread has
   parallel_for(
       d.groups * blocks,
       [&](int64_t i, int thread) {
         const int64_t g = i / blocks;
         const Range mine = split(tiles.count(), blocks, i % blocks);
         float* const own = scratch.as<float>() + thread * scratch_floats;
+        float* const u = weights.as<float>() + thread * weight_floats;
+        if (std::exchange(transformed[thread], g) != g)
+          for (int64_t panel = 0; panel < panels.count(); ++panel)
+            transform_weights(d.w, rows, columns, panels, g, panel, {0, channels}, u + panel * u_panel, u_position);
         const Block v{own, mine, v_position}, m{own + kPositions * v_position, mine, m_position};
         transform_input(group_source(d.source, g), rows, columns, tiles, mine, v);
         for (int64_t panel = 0; panel < panels.count(); ++panel) {
-          multiply(tiles, mine, v, channels, weights.as<float>() + (g * panels.count() + panel) * u_panel, u_position,
-                   panels.width(panel), m);
+          multiply(tiles, mine, v, channels, u + panel * u_panel, u_position, panels.width(panel), m);
           transform_output(d, tiles, mine, panels, g, panel, m);
         }
       },
@@ -486,9 +489,8 @@ const char* supports_outputs(const Conv2dProblem& a, int64_t rows, int64_t colum
   return direct::supports(a);
 }
 
-// Each thread reads weights that another has transformed. One core of Zen 4 against two, forward: 32 -> 32 channels at
-// 16 x 16 27 and 36 us, four images 76 and 65; 64 -> 64 at 14 x 14 (7 million) 89 and 93.
-constexpr int64_t kThreadMultiplyAdds = int64_t{1} << 22;
+// Below it another thread costs more than it gains.
+constexpr int64_t kThreadMultiplyAdds = int64_t{1} << 20;
 
 int64_t threads_worth(const Conv2dProblem& a) { return a.n * a.p * a.q * a.k * a.cg() * kTaps / kThreadMultiplyAdds; }
 
