@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,24 @@ RUNS: dict[str, list[str]] = {
     "steps": [
         "bench.steps",
         "--models",
-        "vgg16,resnet50,densenet121,googlenet,efficientnet_b0",
+        "resnet18_cifar,vgg16,resnet50,densenet121,googlenet,efficientnet_b0",
         "--no-compile",
         "--budget",
         "1",
+        "--min-rounds",
+        "3",
     ],
-    "steps-compiled": ["bench.steps", "--models", "smallcnn,resnet18_cifar", "--budget", "5"],
-    "inference": ["bench.inference"],
+    "steps-smallcnn": ["bench.steps", "--models", "smallcnn", "--budget", "5"],
+    "steps-compiled": [
+        "bench.steps",
+        "--models",
+        "resnet18_cifar",
+        "--threads",
+        "2",
+        "--budget",
+        "5",
+    ],
+    "inference": ["bench.inference", "--budget", "3"],
 }
 
 
@@ -70,7 +81,7 @@ class Target:
             and (not self.groups or row.group in self.groups)
             and (self.tag is None or self.tag in row.tags)
             and (not self.ops or row.op in self.ops)
-            and self.model in (None, row.details.get("model"))
+            and self.model in (None, row.name.split()[0])  # "resnet50 batch 8"
             and self.batch in (None, row.details.get("batch"))
         )
 
@@ -141,10 +152,13 @@ class Run:
 
 
 def load(folder: Path) -> list[Run]:
-    """The runs whose files are in the folder, in the order of RUNS."""
+    """The runs whose files are in the folder, in the order of RUNS.
+
+    Of work that several have measured, the one with the most modes of the peer counts.
+    """
     files = {name: folder / f"{name}.json" for name in RUNS}
     contents = {name: json.loads(f.read_text()) for name, f in files.items() if f.exists()}
-    return [
+    runs = [
         Run(
             name,
             content["environment"],
@@ -153,6 +167,20 @@ def load(folder: Path) -> list[Run]:
         )
         for name, content in contents.items()
     ]
+    fullest: dict[tuple[str, ...], Row] = {}
+    for run in runs:
+        for row in run.rows:
+            known = fullest.setdefault(work(run, row), row)
+            if len(row.peers) > len(known.peers):
+                fullest[work(run, row)] = row
+    return [
+        replace(run, rows=[row for row in run.rows if fullest[work(run, row)] is row])
+        for run in runs
+    ]
+
+
+def work(run: Run, row: Row) -> tuple[str, ...]:
+    return run.isa, row.group, row.name, row.op, str(row.threads)
 
 
 def best_isa(runs: Iterable[Run]) -> str:

@@ -121,7 +121,7 @@ def run(
     fastconv.set_num_threads(limit.threads)
     model = models.create(name, image_size=size)
     peers: dict[str, Call] = {}
-    details: dict[str, object] = {"model": name, "batch": number, "image_size": size}
+    details: dict[str, object] = {"batch": number, "image_size": size}
     if peer:
         peer.set_num_threads(limit.threads)
         twin = copy.deepcopy(model)

@@ -224,11 +224,19 @@ def test_targets_are_judged_by_mean_and_lowest(tmp_path: Path) -> None:
     )
     results_file(tmp_path, "layers-avx2", [layer("a", "fwd", 3.0)], isa="avx2")
     step = replace(row([1.0], op="step", NCHW=3.5), group="steps", name="smallcnn batch 128 of 32")
-    right = replace(step, details={"model": "smallcnn", "batch": 128})
-    wrong = replace(step, details={"model": "smallcnn", "batch": 1})
-    results_file(tmp_path, "steps", [right, wrong])
+    right = replace(step, details={"batch": 128})
+    wrong = replace(step, details={"batch": 1})
+    slower = replace(right, peers={"NCHW": measure.Samples([9.0])})
+    compiled = replace(right, peers={**right.peers, "compiled NCHW": measure.Samples([4.0])})
+    results_file(tmp_path, "steps", [slower, wrong])
+    results_file(tmp_path, "steps-smallcnn", [compiled])  # counts, having more peers
     runs = performance.load(tmp_path)
-    assert [run.name for run in runs] == ["layers-resnet50", "layers-avx2", "steps"]
+    assert [run.name for run in runs] == [
+        "layers-resnet50",
+        "layers-avx2",
+        "steps",
+        "steps-smallcnn",
+    ]
     lines = performance.targets_table(runs).splitlines()
 
     def cells(work: str) -> list[str]:

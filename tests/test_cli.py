@@ -54,7 +54,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version") == (0, f"fastconv {fastconv.__version__}\n", "")
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    for command in ("train", "eval", "show", "summary", "info"):
+    for command in ("train", "eval", "show", "summary", "tune", "info"):
         assert command in out
     code, out, _ = run(capsys, "train", "--help")
     assert code == 0
@@ -107,6 +107,7 @@ def test_python_m_fastconv() -> None:
         (("summary", "smallcnn", "--input-size=3,0,32"), "sizes must be positive, got '3,0,32'"),
         (("summary", "smallcnn", "--input-size=3,32,16"), "square images, got 32 x 16"),
         (("summary", "smallcnn", "--input-size=3,2,2"), "2"),
+        (("tune", "smallcnn", "--batch-size=0"), "batch-size must be at least 1, got 0"),
     ],
 )
 def test_wrong_requests(
@@ -231,6 +232,20 @@ def test_summary(capsys: pytest.CaptureFixture[str]) -> None:
     summary = json.loads(out)
     assert summary["input_shape"] == [1, 28, 28]
     assert summary["rows"][-1]["output_shape"] == [7]
+
+
+def test_tune(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("tune", "resnet8_cifar", "--batch-size=2", "--threads=1")
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0
+    assert out.endswith("written to tuning.json\n") and "convolutions" in out
+    code, out, _ = run(capsys, *arguments, "--out=other.json", "--json")
+    assert code == 0
+    assert json.loads(out) | {"format": "fastconv tuning 1"} == json.loads(
+        Path("other.json").read_text()
+    )
+    fastconv.load_tuning("other.json")
+    assert f"{'tuning':<16} other.json" in run(capsys, "info")[1]
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
