@@ -93,24 +93,13 @@ template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& 
         const float* x = d.x + n * d.from.image + rows.begin * d.from.row + columns.begin * d.from.pixel + g * d.ins;
         const int64_t y = n * d.to.image + rows.begin * d.to.row + columns.begin * d.to.pixel + g * d.outs;
         StripTile t{};
-        t.x_step = d.from.pixel;
+        t.x_step = far ? far_pixel : d.from.pixel;
         t.rows = 1, t.taps = d.ins;
         t.pixel_stride = d.to.pixel;
         t.low = d.epilogue.low, t.high = d.epilogue.high;
         t.streaming = d.streaming;
-        int64_t x_row = d.from.row;
-        if (far) {
-          float* copy = scratch.as<float>() + thread * scratch_floats;
-          for (int64_t row = 0; row < rows.end - rows.begin; ++row)
-            for (int64_t q = 0; q < width; ++q)
-              std::memcpy(copy + (row * width + q) * far_pixel, x + row * d.from.row + q * d.from.pixel,
-                          d.ins * sizeof(float));
-          x = copy;
-          x_row = width * far_pixel;
-          t.x_step = far_pixel;
-        }
-        const int64_t first = mine.begin * k.tile_k, last = std::min(mine.end * k.tile_k, d.outs);
-        fill(n, rows, columns, g * d.outs + first, last - first);
+        float* copy = scratch.as<float>() + thread * scratch_floats;
+        t.next_step = d.from.pixel;
         const int64_t tiles = ceil_divide(width, k.tile_pixels);
         for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
           const int64_t channel = panel * k.tile_k;
@@ -122,10 +111,24 @@ template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& 
             for (int64_t j = 0; j < tiles; ++j) {
               const Range pixels = split(width, tiles, j);
               const int64_t at = y + row * d.to.row + pixels.begin * d.to.pixel + channel;
-              t.x = x + row * x_row + pixels.begin * t.x_step;
+              const float* source = x + row * d.from.row + pixels.begin * d.from.pixel;
+              t.x = source;
+              t.next = nullptr;
+              if (panel == mine.begin)
+                // Beyond the block are the pixels of the next one, most often.
+                t.next = j + 1 < tiles || blocks.rows == 1 ? source + (pixels.end - pixels.begin) * d.from.pixel
+                                                          : x + (row + 1) * d.from.row;
+              if (far) {
+                float* near = copy + (row * width + pixels.begin) * far_pixel;
+                t.x = near;
+                for (int64_t q = 0; panel == mine.begin && q < pixels.end - pixels.begin; ++q)
+                  std::memcpy(near + q * far_pixel, source + q * d.from.pixel, d.ins * sizeof(float));
+              }
               t.y = d.y + at;
               t.residual = d.epilogue.residual ? d.epilogue.residual + at : nullptr;
               tile[pixels.end - pixels.begin - 1](t);
+              fill(n, Range{rows.begin + row, rows.begin + row + 1},
+                   Range{columns.begin + pixels.begin, columns.begin + pixels.end}, g * d.outs + channel, t.channels);
             }
         }
       },
@@ -152,15 +155,15 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
 void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) {
   auto* dx = static_cast<float*>(args.dx);
   // With a stride, the zeros that follow the pixels of a block, up to the next one's.
+  const bool streaming = a.cg() % kBlock == 0 && worth_streaming(a.n * a.h * a.w, a.c);
   const auto zero_gaps = [&](int64_t n, Range rows, Range columns, int64_t channel, int64_t channels) {
     if (Blocks::is_dense(a)) return;
     const int64_t row_end = rows.end == a.p ? a.h : rows.end * a.stride_h;
-    const int64_t column_end = columns.end == a.q ? a.w : columns.end * a.stride_w;
+    const int64_t begin = columns.begin * a.stride_w, end = columns.end == a.q ? a.w : columns.end * a.stride_w;
     for (int64_t y = rows.begin * a.stride_h; y < row_end; ++y)
-      for (int64_t x = columns.begin * a.stride_w; x < column_end; ++x) {
-        const bool written = y % a.stride_h == 0 && y / a.stride_h < a.p && x % a.stride_w == 0 && x / a.stride_w < a.q;
-        if (!written) std::memset(dx + ((n * a.h + y) * a.w + x) * a.c + channel, 0, channels * sizeof(float));
-      }
+      for (int64_t phase = y % a.stride_h == 0 ? 1 : 0; phase < a.stride_w; ++phase)
+        kernels().conv2d.zero_pixels(dx + ((n * a.h + y) * a.w + begin + phase) * a.c + channel, a.stride_w * a.c,
+                                     ceil_divide(end - begin - phase, a.stride_w), channels, streaming);
   };
   run(a,
       {static_cast<const float*>(args.dy),
@@ -172,7 +175,7 @@ void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) 
        a.cg(),
        direct::backward_weights(a, args.w),
        {},
-       a.cg() % kBlock == 0 && worth_streaming(a.n * a.p * a.q, a.c)},
+       streaming},
       zero_gaps);
 }
 

@@ -65,7 +65,9 @@ struct StripTile : TileOutput {
   const float* x;
   int64_t x_step, x_row_step;
   int64_t rows, taps;
-  const float* w;  // [rows][taps][vectors * lanes]
+  const float* w;     // [rows][taps][vectors * lanes]
+  const float* next;  // pixels next_step apart, as many as the tile's, whose first row is read next; null: none
+  int64_t next_step;
 };
 using StripTileFunction = void (*)(const StripTile&);
 
@@ -166,6 +168,8 @@ struct Conv2dKernels {
                       int64_t block_stride);
   // dst[p * width + i] = src[p * src_step + i] for i < valid, zero up to width
   void (*pack_slice)(const float* src, int64_t src_step, int64_t pixels, int64_t valid, int64_t width, float* dst);
+  // dst[p * step + i] = 0 for i < channels
+  void (*zero_pixels)(float* dst, int64_t step, int64_t pixels, int64_t channels, bool streaming);
   // One block of a weight panel: dst[i * width + o] = src[o * out_step + i * in_step], o < outs, i < ins; zero for
   // outs <= o < width
   void (*pack_weights)(const float* src, int64_t out_step, int64_t in_step, int64_t outs, int64_t ins, int64_t width,

@@ -134,6 +134,17 @@ void pack_slice(const float* src, int64_t src_step, int64_t pixels, int64_t vali
     }
 }
 
+void zero_pixels(float* dst, int64_t step, int64_t pixels, int64_t channels, bool streaming) {
+  for (int64_t p = 0; p < pixels; ++p, dst += step)
+    for (int64_t i = 0; i < channels; i += kLanes)
+      if (channels - i < kLanes)
+        store_first(dst + i, zero(), channels - i);
+      else if (streaming)
+        stream(dst + i, zero());
+      else
+        store(dst + i, zero());
+}
+
 // Rows of the weights are often a multiple of 4 KiB apart, so a loop that takes one element of each in turn would miss
 // L1 every time; squares read each cache line once.
 void pack_weights(const float* src, int64_t out_step, int64_t in_step, int64_t outs, int64_t ins, int64_t width,

@@ -53,6 +53,15 @@ template <int V, int P> void strip_tile(const StripTile& t) {
       for (int i = 0; i < kTriples; ++i) x[i] += kCount;
     };
     int64_t j = 0;
+    if (t.next && r == 0)
+      for (; j + kTriples * kUnroll <= t.taps; j += kTriples * kUnroll) {
+        const float* next = t.next + j;
+#pragma GCC unroll 1
+        for (int i = 0; i < kTriples; ++i, next += 3 * t.next_step) {
+          prefetch_l2(next), prefetch_l2(next + t.next_step), prefetch_l2(next + 2 * t.next_step);
+          add_taps(Count<kUnroll>{});
+        }
+      }
     for (; j + kUnroll <= t.taps; j += kUnroll) add_taps(Count<kUnroll>{});
     for (; j < t.taps; ++j) add_taps(Count<1>{});
   }

@@ -29,6 +29,7 @@ constexpr Conv2dKernels conv2d_kernels() {
       {FC_STRIP_ROW(1), FC_STRIP_ROW(2)},
       pack_pixels,
       pack_slice,
+      zero_pixels,
       pack_weights,
       unpack_weights,
       weight_tile,
