@@ -177,11 +177,13 @@ namespace {
 // Pixels of a band of the weight gradient: enough to repay loading and storing the accumulators, few enough that a
 // channel block of x and a slice of dy stay in or near L1.
 constexpr int64_t kGradientPixels = 256;
+// Floats of a chunk's sums, and of its band, at most.
+constexpr int64_t kGradientFloats = 80 * 1024;
 // Chunks wanted of the weight gradient: each beyond the number of panels costs a partial sum of the size of dw.
 constexpr int64_t kGradientChunks = 16;
 
 // Adds one band's share of dw for one panel of channels: acc [channel block][tap][channel][width].
-void add_band(const WeightGradientProblem& d, const Band& band, const BandRange& range, const Panels& panels, int64_t g,
+void add_band(const WeightGradientProblem& d, int64_t channels, const Band& band, const BandRange& range, const Panels& panels, int64_t g,
               int64_t panel, float* dy, float* acc) {
   const auto& k = kernels().conv2d;
   const int64_t row_taps = d.rows.taps.size(), column_taps = d.columns.taps.size(), taps = row_taps * column_taps;
@@ -207,7 +209,7 @@ void add_band(const WeightGradientProblem& d, const Band& band, const BandRange&
       }
     for (int64_t c = 0; c < band.blocks(); ++c) {
       t.x = band.data() + c * band.block_stride();
-      t.channels = std::min(kBlock, d.source.channels - c * kBlock);
+      t.channels = std::min(kBlock, channels - c * kBlock);
       t.next = t.x;
       t.acc = acc + (c * taps + tap) * kBlock * t.width;
       k.weight_tile(t);
@@ -239,38 +241,52 @@ void run(const WeightGradientProblem& d) {
     b.image_bands = ceil_divide(d.images, b.images);
   }
 
-  // A chunk owns some panels of one group over one part of the bands; the parts are summed in order at the end. With
-  // many taps a packed band is worth one panel, with one tap it takes several to repay the packing.
-  const int64_t slots = d.groups * panels.count();
-  const int64_t slot_floats = shape.blocks() * taps * kBlock * panels.tile_k;
-  int64_t panel_parts = ceil_divide(panels.count(), taps >= 4 ? 1 : 4);
+  // A chunk owns the sums of some panels and some channel blocks of one group, few enough that they and the blocks'
+  // band stay in L2, over one part of the bands; the parts are summed in order at the end.
+  const int64_t block_floats = shape.max_floats(b.images, b.rows, b.columns) / shape.blocks();
+  const int64_t block_parts =
+      ceil_divide(shape.blocks(), std::max<int64_t>(kGradientFloats / std::max(block_floats, taps * kBlock * panels.tile_k), 1));
+  const int64_t chunk_blocks = ceil_divide(shape.blocks(), block_parts);
+  int64_t panel_parts = ceil_divide(
+      panels.count(), std::max<int64_t>(kGradientFloats / (chunk_blocks * taps * kBlock * panels.tile_k), 1));
+  const int64_t slots = d.groups * block_parts;
   const int64_t parts =
-      std::clamp<int64_t>(ceil_divide(kGradientChunks, d.groups * panel_parts), 1, std::min<int64_t>(b.bands(), 16));
-  panel_parts = std::clamp(ceil_divide(kGradientChunks, d.groups * parts), panel_parts, panels.count());
-  Buffer sums(parts * slots * slot_floats * sizeof(float));
+      std::clamp<int64_t>(ceil_divide(kGradientChunks, slots * panel_parts), 1, std::min<int64_t>(b.bands(), 16));
+  panel_parts = std::clamp(ceil_divide(kGradientChunks, slots * parts), panel_parts, panels.count());
+  const int64_t panel_floats = shape.blocks() * taps * kBlock * panels.tile_k;
+  const int64_t part_floats = d.groups * panels.count() * panel_floats;
+  Buffer sums(parts * part_floats * sizeof(float));
 
   const int64_t pixels = b.images * b.rows * b.columns;
-  const int64_t band_floats = shape.max_floats(b.images, b.rows, b.columns);
+  const int64_t band_floats = chunk_blocks * block_floats;
   const int64_t scratch_floats = band_floats + pixels * panels.tile_k;
   const int threads = num_threads();
   Buffer scratch(threads * scratch_floats * sizeof(float));
 
   parallel_for(
-      parts * d.groups * panel_parts,
+      parts * slots * panel_parts,
       [&](int64_t i, int thread) {
-        const int64_t panel_part = i % panel_parts, g = i / panel_parts % d.groups, part = i / panel_parts / d.groups;
-        const Range mine = split(panels.count(), panel_parts, panel_part), my_bands = split(b.bands(), parts, part);
-        float* acc = sums.as<float>() + (part * slots + g * panels.count()) * slot_floats;
-        std::memset(acc + mine.begin * slot_floats, 0, (mine.end - mine.begin) * slot_floats * sizeof(float));
-        float* packed = scratch.as<float>() + thread * scratch_floats;
+        const int64_t part = i / slots / panel_parts, g = i / panel_parts / block_parts % d.groups;
+        const Range mine = split(panels.count(), panel_parts, i % panel_parts);
+        const Range blocks = split(shape.blocks(), block_parts, i / panel_parts % block_parts);
+        const Range my_bands = split(b.bands(), parts, part);
         SourceImage source = d.source;
-        source.first_channel += g * d.source.channels;
+        source.first_channel += g * d.source.channels + blocks.begin * kBlock;
+        source.channels = std::min(d.source.channels, blocks.end * kBlock) - blocks.begin * kBlock;
         Band band(source, d.rows, d.columns);
+        const auto sums_of = [&](int64_t panel) {
+          return sums.as<float>() + part * part_floats + (g * panels.count() + panel) * panel_floats +
+                 blocks.begin * taps * kBlock * panels.width(panel);
+        };
+        for (int64_t panel = mine.begin; panel < mine.end; ++panel)
+          std::memset(sums_of(panel), 0,
+                      (blocks.end - blocks.begin) * taps * kBlock * panels.width(panel) * sizeof(float));
+        float* packed = scratch.as<float>() + thread * scratch_floats;
         for (int64_t j = my_bands.begin; j < my_bands.end; ++j) {
           const BandRange range = band_range(b, j, d.images, rows, columns);
           band.pack(packed, range.n0, range.n1, range.y0, range.y1, range.x0, range.x1);
           for (int64_t panel = mine.begin; panel < mine.end; ++panel)
-            add_band(d, band, range, panels, g, panel, packed + band_floats, acc + panel * slot_floats);
+            add_band(d, source.channels, band, range, panels, g, panel, packed + band_floats, sums_of(panel));
         }
       },
       threads);

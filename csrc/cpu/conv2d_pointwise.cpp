@@ -2,6 +2,7 @@
 // a pixel is one run of floats; only the weights are packed. Bounds: FMA, and memory where C or K is small.
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "core/allocator.h"
 #include "cpu/conv2d_direct.h"
@@ -29,12 +30,10 @@ struct Blocks {
   int64_t images, rows, columns;  // of outputs
   int64_t block_rows, block_columns;
   Blocks(const Conv2dProblem& a, int64_t pixels) : images(a.n), rows(a.p), columns(a.q) {
-    if (is_dense(a)) {
-      columns *= images * rows;
-      images = rows = 1;
-    }
+    if (a.p * a.stride_h == a.h) rows *= std::exchange(images, 1);  // the rows of all images are equally far apart
+    if (is_dense(a)) columns *= std::exchange(rows, 1);
     block_columns = ceil_divide(columns, ceil_divide(columns, pixels));
-    block_rows = std::clamp<int64_t>(pixels / block_columns, 1, rows);
+    block_rows = ceil_divide(rows, ceil_divide(rows, std::max<int64_t>(pixels / block_columns, 1)));
   }
   static bool is_dense(const Conv2dProblem& a) { return a.p == a.h && a.q == a.w; }
   int64_t in_row() const { return ceil_divide(columns, block_columns); }
@@ -209,13 +208,13 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
   const int64_t parts = std::clamp<int64_t>(ceil_divide(kGradientChunks, slots), 1, blocks.count());
   const int64_t row_floats = ceil_divide(cg, k.lanes) * k.lanes, part_floats = a.k * row_floats;
   const auto& stride = args.dw.strides;
-  const bool in_place = parts == 1 && row_floats == cg && stride[1] == 1;
+  const bool in_place = parts == 1;
   Buffer sums(in_place ? sizeof(float) : parts * part_floats * sizeof(float));
-  float* first = in_place ? args.dw.as<float>() : sums.as<float>();
-  const int64_t acc_step = in_place ? stride[0] : row_floats;
-  const int64_t tail_floats = blocks.block_rows * blocks.block_columns * k.lanes;
+  const int64_t block_width = ceil_divide(std::min(cg, block_size), k.lanes) * k.lanes;
+  const int64_t acc_floats = std::min(kg, block_size) * block_width;
+  const int64_t scratch_floats = acc_floats + blocks.block_rows * blocks.block_columns * k.lanes;
   const int threads = num_threads();
-  Buffer scratch(threads * tail_floats * sizeof(float));
+  Buffer scratch(threads * scratch_floats * sizeof(float));
 
   parallel_for(
       slots * parts,
@@ -224,14 +223,14 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
         const int64_t c0 = slot % c_blocks * block_size, c1 = std::min(cg, c0 + block_size);
         const int64_t k0 = slot / c_blocks % k_blocks * block_size, k1 = std::min(kg, k0 + block_size);
         const int64_t g = slot / c_blocks / k_blocks;
-        float* acc = first + part * part_floats + (g * kg + k0) * acc_step;
-        for (int64_t o = 0; o < k1 - k0; ++o)
-          std::memset(acc + o * acc_step + c0, 0, ceil_divide(c1 - c0, k.lanes) * k.lanes * sizeof(float));
-        float* tail = scratch.as<float>() + thread * tail_floats;
+        // [tile of outs][vector of ins][out][lanes]: rows of dw can be so far apart that those of a tile compete for
+        // the same sets of L1.
+        float *acc = scratch.as<float>() + thread * scratch_floats, *tail = acc + acc_floats;
+        std::memset(acc, 0, acc_floats * sizeof(float));
         StripWeightTile t{};
         t.a_step = to.pixel, t.a_row_step = to.row;
         t.tap_rows = 1;
-        t.acc_step = acc_step;
+        t.acc_step = k.lanes;
         const Range mine = split(blocks.count(), parts, part);
         for (int64_t block = mine.begin; block < mine.end; ++block) {
           const int64_t n = blocks.image(block);
@@ -240,18 +239,26 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
           const float* x_block = x + n * from.image + rows.begin * from.row + columns.begin * from.pixel + g * cg;
           t.rows = rows.end - rows.begin, t.columns = columns.end - columns.begin;
           // Rows of the gradient in parts that fit the registers, so that dy of a part stays in L1.
-          const int64_t tiles = ceil_divide(k1 - k0, k.strip_sums);
+          const int64_t tiles = ceil_divide(k1 - k0, k.strip_sums), c_lines = ceil_divide(c1 - c0, k.lanes);
+          const int64_t following = std::min(block + 1, mine.end - 1), n2 = blocks.image(following);
+          const Range rows2 = blocks.row_range(following), columns2 = blocks.column_range(following);
+          const float* dy_next = dy + n2 * to.image + rows2.begin * to.row + columns2.begin * to.pixel + g * kg + k0;
+          const float* x_next = x + n2 * from.image + rows2.begin * from.row + columns2.begin * from.pixel + g * cg;
           for (int64_t j = 0; j < tiles; ++j) {
             const Range outs = split(k1 - k0, tiles, j);
             t.a = dy_block + outs.begin;
             t.taps = outs.end - outs.begin;
             for (int64_t c = c0; c < c1; c += k.lanes) {
-              t.acc = acc + outs.begin * acc_step + c;
-              // The next part of dy, or of the next block.
-              t.a_next = c > c0 ? 0 : j + 1 < tiles ? t.taps : t.rows * t.columns * to.pixel - outs.begin;
+              t.acc = acc + outs.begin * block_width + (c - c0) * t.taps;
+              // A cache line of each pixel of the next block: those of dy, then those of x.
+              const int64_t line = (j * c_lines + (c - c0) / k.lanes) * kBlock;
+              const bool of_dy = line < k1 - k0;
+              t.next = of_dy ? dy_next + line : x_next + c0 + line - (k1 - k0);
+              t.next_step = of_dy ? to.pixel : from.pixel;
+              t.next_row_step = of_dy ? to.row : from.row;
               t.b = x_block + c;
               t.b_step = from.pixel;
-              t.b_row_step = t.rows > 1 ? from.row : t.columns * from.pixel;
+              t.b_row_step = t.rows > 1 ? from.row : 0;
               if (c + k.lanes > cg) {
                 for (int64_t row = 0; row < t.rows; ++row)
                   k.pack_slice(t.b + row * from.row, from.pixel, t.columns, cg - c, k.lanes,
@@ -262,6 +269,22 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
               k.strip_weight_tile(t);
             }
           }
+        }
+        const int64_t tiles = ceil_divide(k1 - k0, k.strip_sums);
+        for (int64_t j = 0; j < tiles; ++j) {
+          const Range outs = split(k1 - k0, tiles, j);
+          for (int64_t o = outs.begin; o < outs.end; ++o)
+            for (int64_t c = c0; c < c1; c += k.lanes) {
+              const float* from_acc = acc + outs.begin * block_width + (c - c0) * (outs.end - outs.begin) +
+                                      (o - outs.begin) * k.lanes;
+              const int64_t row = g * kg + k0 + o, valid = std::min(k.lanes, c1 - c);
+              if (!in_place)
+                std::memcpy(sums.as<float>() + part * part_floats + row * row_floats + c, from_acc,
+                            valid * sizeof(float));
+              else
+                for (int64_t l = 0; l < valid; ++l)
+                  args.dw.as<float>()[row * stride[0] + (c + l) * stride[1]] = from_acc[l];
+            }
         }
       },
       threads);

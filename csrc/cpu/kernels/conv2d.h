@@ -76,13 +76,14 @@ using StripTileFunction = void (*)(const StripTile&);
 struct StripWeightTile {
   const float* a;
   int64_t a_step, a_row_step, a_tap_step;  // between pixels of a row; rows of pixels; rows r
-  int64_t a_next;                          // from here to the a that is read next, to prefetch it; 0: nothing
   const float* b;
   int64_t b_step, b_row_step;  // between pixels of a row; rows of pixels
   int64_t rows, columns;       // pixels
   int64_t tap_rows, taps;      // r < tap_rows, j < taps
   float* acc;
-  int64_t acc_step;  // from one j to the next; those of r follow each other
+  int64_t acc_step;   // from one j to the next; those of r follow each other
+  const float* next;  // what is wanted next: a cache line is fetched for each pixel
+  int64_t next_step, next_row_step;
 };
 
 // Outputs along a row of planes: y[c][p] = sum over planes k and taps of x[k * x_step + tap.x + p] w[k][tap.w + c]

@@ -78,15 +78,13 @@ template <int ROWS, int J> void strip_weight_part(const StripWeightTile& t, cons
     const float* a[ROWS];
 #pragma GCC unroll 3
     for (int r = 0; r < ROWS; ++r) a[r] = a_first + row * t.a_row_step + r * t.a_tap_step;
-    const float* b = t.b + row * t.b_row_step;
+    const float *b = t.b + row * t.b_row_step, *next = t.next + row * t.next_row_step;
 #pragma GCC unroll 2
     for (int64_t q = 0; q < t.columns; ++q, b += t.b_step) {
       const Vec lanes = load(b);
       prefetch(b + t.b_row_step);
-      if (t.a_next != 0) {
-        prefetch_l2(a[0] + t.a_next);
-        prefetch_l2(a[0] + t.a_next + J - 1);
-      }
+      prefetch_l2(next);
+      next += t.next_step;
 #pragma GCC unroll 3
       for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 32
