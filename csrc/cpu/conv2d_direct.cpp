@@ -59,9 +59,27 @@ BandRange band_range(const Blocking& b, int64_t i, int64_t images, int64_t rows,
           column * b.columns, std::min(columns, (column + 1) * b.columns)};
 }
 
+// What is left to fetch into L2 of a run of memory.
+struct Upcoming {
+  const float* at;
+  int64_t floats;
+};
+
+// The rows of the source under the taps of a range of outputs, of all its channels.
+Upcoming source_rows(const DirectProblem& d, const BandRange& range) {
+  const auto [low, high] = std::minmax_element(d.rows.taps.begin(), d.rows.taps.end(),
+                                               [](auto& a, auto& b) { return a.offset < b.offset; });
+  if (low == d.rows.taps.end()) return {nullptr, 0};
+  const int64_t row_floats = d.source.w * d.source.pixel;
+  const int64_t begin = std::clamp<int64_t>(range.y0 * d.rows.step + low->offset, 0, d.source.h);
+  const int64_t end = std::clamp<int64_t>((range.y1 - 1) * d.rows.step + high->offset + 1, begin, d.source.h);
+  return {d.source.data + (range.n0 * d.source.h + begin) * row_floats,
+          ((range.n1 - range.n0 - 1) * d.source.h + end - begin) * row_floats};
+}
+
 // All output pixels of one band for one panel of channels.
 void run_panel(const DirectProblem& d, const Band& band, const BandRange& range, const float* w, int64_t g,
-               int64_t panel, const Panels& panels, std::vector<DirectTile::Tap>& taps) {
+               int64_t panel, const Panels& panels, std::vector<DirectTile::Tap>& taps, Upcoming& upcoming) {
   const auto& k = kernels().conv2d;
   const int64_t row_taps = d.rows.taps.size(), column_taps = d.columns.taps.size();
   const int64_t channel = g * d.outs + panel * panels.tile_k;
@@ -74,7 +92,8 @@ void run_panel(const DirectProblem& d, const Band& band, const BandRange& range,
   t.blocks = band.blocks();
   t.block_stride = band.block_stride();
   t.last_channels = d.source.channels - (band.blocks() - 1) * kBlock;
-  t.w = t.next = w;
+  t.w = w;
+  const int64_t panel_floats = t.panel_taps * d.source.channels * panels.width(panel);
   t.bias = d.epilogue.bias ? d.epilogue.bias + channel : nullptr;
   t.low = d.epilogue.low, t.high = d.epilogue.high;
   t.row_stride = d.rows.out_step * d.y_w * d.y_pixel;
@@ -106,6 +125,8 @@ void run_panel(const DirectProblem& d, const Band& band, const BandRange& range,
         t.x_offset = part.begin * kBlock;
         t.y = d.y + at;
         t.residual = d.epilogue.residual ? d.epilogue.residual + at : nullptr;
+        t.next = upcoming.floats > 0 ? upcoming.at : w;
+        upcoming.at += panel_floats, upcoming.floats -= panel_floats;
         k.direct[vectors - 1][rows - 1][part.end - part.begin - 1](t);
       }
       y += rows;
@@ -166,8 +187,12 @@ void run(const DirectProblem& d) {
                   range.x1);
         std::vector<DirectTile::Tap> taps(d.rows.taps.size() * d.columns.taps.size());
         const Range mine = split(panels.count(), panel_parts, part);
+        // The band that this thread is likely to take next is fetched meanwhile.
+        Upcoming upcoming{nullptr, 0};
+        if (d.groups == 1 && panel_parts == 1 && b + threads < blocking.bands())
+          upcoming = source_rows(d, band_range(blocking, b + threads, d.images, d.rows.outputs, d.columns.outputs));
         for (int64_t panel = mine.begin; panel < mine.end; ++panel)
-          run_panel(d, band, range, weights.panel(g * panels.count() + panel), g, panel, panels, taps);
+          run_panel(d, band, range, weights.panel(g * panels.count() + panel), g, panel, panels, taps, upcoming);
       },
       threads);
 }
@@ -356,7 +381,8 @@ DirectProblem forward_problem(const Conv2dProblem& a, const ForwardArguments& ar
           a.p,
           a.q,
           a.k,
-          make_epilogue(args)};
+          make_epilogue(args),
+          a.kg() % kBlock == 0 && worth_streaming(a.n * a.p * a.q, a.k)};
 }
 
 DirectProblem backward_problem(const Conv2dProblem& a, const BackwardInputArguments& args, const AxisTaps& rows,
@@ -372,7 +398,8 @@ DirectProblem backward_problem(const Conv2dProblem& a, const BackwardInputArgume
           a.h,
           a.w,
           a.c,
-          {}};
+          {},
+          a.cg() % kBlock == 0 && worth_streaming(a.n * a.h * a.w, a.c)};
 }
 
 WeightGradientProblem weight_gradient_problem(const Conv2dProblem& a, const BackwardWeightArguments& args) {
