@@ -66,15 +66,15 @@ struct Upcoming {
 };
 
 // The rows of the source under the taps of a range of outputs, of all its channels.
-Upcoming source_rows(const DirectProblem& d, const BandRange& range) {
-  const auto [low, high] = std::minmax_element(d.rows.taps.begin(), d.rows.taps.end(),
+Upcoming source_rows(const SourceImage& source, const AxisTaps& rows, const BandRange& range) {
+  const auto [low, high] = std::minmax_element(rows.taps.begin(), rows.taps.end(),
                                                [](auto& a, auto& b) { return a.offset < b.offset; });
-  if (low == d.rows.taps.end()) return {nullptr, 0};
-  const int64_t row_floats = d.source.w * d.source.pixel;
-  const int64_t begin = std::clamp<int64_t>(range.y0 * d.rows.step + low->offset, 0, d.source.h);
-  const int64_t end = std::clamp<int64_t>((range.y1 - 1) * d.rows.step + high->offset + 1, begin, d.source.h);
-  return {d.source.data + (range.n0 * d.source.h + begin) * row_floats,
-          ((range.n1 - range.n0 - 1) * d.source.h + end - begin) * row_floats};
+  if (low == rows.taps.end()) return {nullptr, 0};
+  const int64_t row_floats = source.w * source.pixel;
+  const int64_t begin = std::clamp<int64_t>(range.y0 * rows.step + low->offset, 0, source.h);
+  const int64_t end = std::clamp<int64_t>((range.y1 - 1) * rows.step + high->offset + 1, begin, source.h);
+  return {source.data + (range.n0 * source.h + begin) * row_floats,
+          ((range.n1 - range.n0 - 1) * source.h + end - begin) * row_floats};
 }
 
 // All output pixels of one band for one panel of channels.
@@ -190,7 +190,7 @@ void run(const DirectProblem& d) {
         // The band that this thread is likely to take next is fetched meanwhile.
         Upcoming upcoming{nullptr, 0};
         if (d.groups == 1 && panel_parts == 1 && b + threads < blocking.bands())
-          upcoming = source_rows(d, band_range(blocking, b + threads, d.images, d.rows.outputs, d.columns.outputs));
+          upcoming = source_rows(d.source, d.rows, band_range(blocking, b + threads, d.images, d.rows.outputs, d.columns.outputs));
         for (int64_t panel = mine.begin; panel < mine.end; ++panel)
           run_panel(d, band, range, weights.panel(g * panels.count() + panel), g, panel, panels, taps, upcoming);
       },
@@ -207,9 +207,28 @@ constexpr int64_t kGradientFloats = 80 * 1024;
 // Chunks wanted of the weight gradient: each beyond the number of panels costs a partial sum of the size of dw.
 constexpr int64_t kGradientChunks = 16;
 
+// Cache lines of pixels that are wanted next, handed out as one line of each of `count` neighbouring pixels at a time.
+class UpcomingLines {
+ public:
+  UpcomingLines(const float* at, int64_t pixels, int64_t pixel, int64_t channels, int64_t count)
+      : at_(at), pixel_(pixel), count_(count), parts_(ceil_divide(pixels, count)),
+        left_(at ? parts_ * ceil_divide(channels, kBlock) : 0) {}
+  bool set_next(WeightTile& t) {
+    if (left_ == 0) return false;
+    --left_;
+    t.next = at_ + left_ % parts_ * count_ * pixel_ + left_ / parts_ * kBlock;
+    t.next_step = pixel_;
+    return true;
+  }
+
+ private:
+  const float* at_;
+  int64_t pixel_, count_, parts_, left_;
+};
+
 // Adds one band's share of dw for one panel of channels: acc [channel block][tap][channel][width].
 void add_band(const WeightGradientProblem& d, int64_t channels, const Band& band, const BandRange& range, const Panels& panels, int64_t g,
-              int64_t panel, float* dy, float* acc) {
+              int64_t panel, float* dy, float* acc, UpcomingLines (&upcoming)[2]) {
   const auto& k = kernels().conv2d;
   const int64_t row_taps = d.rows.taps.size(), column_taps = d.columns.taps.size(), taps = row_taps * column_taps;
   const int64_t dy_pixel = d.groups * d.outs, rows = d.rows.outputs, columns = d.columns.outputs;
@@ -235,7 +254,7 @@ void add_band(const WeightGradientProblem& d, int64_t channels, const Band& band
     for (int64_t c = 0; c < band.blocks(); ++c) {
       t.x = band.data() + c * band.block_stride();
       t.channels = std::min(kBlock, channels - c * kBlock);
-      t.next = t.x;
+      if (!upcoming[0].set_next(t) && !upcoming[1].set_next(t)) t.next = t.x, t.next_step = 0;
       t.acc = acc + (c * taps + tap) * kBlock * t.width;
       k.weight_tile(t);
     }
@@ -310,8 +329,15 @@ void run(const WeightGradientProblem& d) {
         for (int64_t j = my_bands.begin; j < my_bands.end; ++j) {
           const BandRange range = band_range(b, j, d.images, rows, columns);
           band.pack(packed, range.n0, range.n1, range.y0, range.y1, range.x0, range.x1);
+          const BandRange next = band_range(b, std::min(j + 1, my_bands.end - 1), d.images, rows, columns);
+          const Upcoming x = source_rows(source, d.rows, next);
+          const int64_t next_pixels = (next.n1 - next.n0) * (next.y1 - next.y0) * columns, dy_pixel = d.groups * d.outs;
+          const float* dy = d.dy + (next.n0 * rows + next.y0) * columns * dy_pixel + g * d.outs + mine.begin * panels.tile_k;
+          UpcomingLines upcoming[2] = {
+              {x.at + source.first_channel, x.floats / source.pixel, source.pixel, source.channels, pixels},
+              {dy, next_pixels, dy_pixel, std::min(d.outs, mine.end * panels.tile_k) - mine.begin * panels.tile_k, pixels}};
           for (int64_t panel = mine.begin; panel < mine.end; ++panel)
-            add_band(d, source.channels, band, range, panels, g, panel, packed + band_floats, sums_of(panel));
+            add_band(d, source.channels, band, range, panels, g, panel, packed + band_floats, sums_of(panel), upcoming);
         }
       },
       threads);

@@ -55,7 +55,8 @@ struct WeightTile {
   const float* dy;             // [rows * columns][width], packed
   int64_t width;               // lanes or 2 * lanes
   int64_t channels;            // channels wanted, <= kBlock
-  const float* next;           // wanted next: kBlock floats of it are prefetched a pixel
+  const float* next;           // wanted next: a cache line of it is prefetched for each pixel
+  int64_t next_step = kBlock;  // between those lines
   float* acc;                  // [kBlock][width]
 };
 

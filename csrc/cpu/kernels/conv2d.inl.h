@@ -190,7 +190,7 @@ template <int C, int V> void weight_tile_part(const WeightTile& t, int64_t c0) {
   for (int64_t r = 0; r < t.rows; ++r) {
     const float* x = t.x + t.row_offsets[r] + c0;
 #pragma GCC unroll 2
-    for (int64_t q = 0; q < t.columns; ++q, x += kBlock, dy += W, next += kBlock) {
+    for (int64_t q = 0; q < t.columns; ++q, x += kBlock, dy += W, next += t.next_step) {
       prefetch(next);
       Vec g[V];
 #pragma GCC unroll 2
