@@ -258,37 +258,39 @@ def _efficientnet_b0() -> Iterable[ConvCase]:
 
 
 def _kinds() -> list[ConvCase]:
-    """Layers of further networks: the kinds that those above lack or have once."""
+    """Layers of AlexNet, Inception, DeepLab, ResNeXt and others: the kinds that the networks above
+    lack or have once."""
 
-    def kind(
-        network: str, n: int, size: int, c: int, k: int, kernel: Pair, **more: Any
-    ) -> ConvCase:
+    def kind(n: int, size: int, c: int, k: int, kernel: Pair, **more: Any) -> ConvCase:
         r, s = kernel
         spread = more.get("dilation", 1)
+        title = f"kinds/{c}-{k}_{r}x{s}_{size}"
+        for letter, word in (("s", "stride"), ("d", "dilation"), ("g", "groups")):
+            title += f"_{letter}{more[word]}" if word in more else ""
         settings = {"padding": (r // 2 * spread, s // 2 * spread), **more}
-        title = f"kinds/{network}_{c}-{k}_{r}x{s}_{size}"
         return ConvCase(title, n, c, size, size, k, r, s, **settings)
 
     return [
-        kind("alexnet", 8, 27, 64, 192, (5, 5)),
-        kind("inception", 8, 35, 48, 64, (5, 5)),
-        kind("cyclegan", 8, 56, 128, 128, (5, 5)),
-        kind("deeplab", 8, 28, 256, 256, (3, 3), dilation=2),
-        kind("deeplab", 8, 28, 512, 512, (3, 3), dilation=4),
-        kind("espnet", 8, 56, 64, 64, (3, 3), dilation=2),
-        kind("inception", 8, 17, 128, 128, (1, 7)),
-        kind("inception", 8, 17, 192, 192, (7, 1)),
-        kind("inception", 8, 35, 288, 384, (3, 3), stride=2, padding=0),
-        kind("resnet18", 8, 56, 64, 128, (3, 3), stride=2),
-        kind("resnet18", 8, 28, 128, 256, (3, 3), stride=2),
-        kind("cyclegan", 8, 56, 64, 64, (7, 7)),
-        kind("resnext50", 8, 56, 128, 128, (3, 3), groups=32),
-        kind("resnext50", 8, 28, 256, 256, (3, 3), groups=32),
-        kind("resnext50", 8, 14, 512, 512, (3, 3), groups=32),
-        kind("resnext50", 8, 14, 1024, 1024, (3, 3), groups=32, stride=2),
-        kind("alexnet2012", 8, 27, 96, 256, (5, 5), groups=2),
-        kind("wide32", 8, 56, 32, 32, (3, 3)),
-        kind("wide32", 8, 56, 32, 64, (3, 3)),
+        kind(8, 27, 64, 192, (5, 5)),
+        kind(8, 35, 48, 64, (5, 5)),
+        kind(8, 28, 128, 128, (5, 5)),
+        kind(8, 28, 256, 256, (3, 3), dilation=2),
+        kind(2, 28, 512, 512, (3, 3), dilation=4),
+        kind(8, 56, 64, 64, (3, 3), dilation=2),
+        kind(8, 17, 128, 128, (1, 7)),
+        kind(8, 17, 192, 192, (7, 1)),
+        kind(8, 35, 288, 384, (3, 3), stride=2, padding=0),
+        kind(8, 56, 64, 128, (3, 3), stride=2),
+        kind(8, 28, 128, 256, (3, 3), stride=2),
+        kind(4, 56, 64, 64, (7, 7)),
+        kind(8, 56, 128, 128, (3, 3), groups=32),
+        kind(8, 28, 256, 256, (3, 3), groups=32),
+        kind(8, 14, 512, 512, (3, 3), groups=32),
+        kind(8, 14, 1024, 1024, (3, 3), stride=2, groups=32),
+        kind(8, 27, 96, 256, (5, 5), groups=2),
+        kind(8, 56, 32, 32, (3, 3)),
+        kind(8, 56, 32, 64, (3, 3)),
+        kind(8, 56, 16, 32, (3, 3)),
     ]
 
 

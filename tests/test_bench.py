@@ -301,8 +301,8 @@ def test_layers_fall_into_the_kinds_of_the_targets() -> None:
     assert cases["resnet50/3-64_7x7_224_s2"] == ("7x7 s2 C=3",)
     assert cases["vgg16/3-64_3x3_224"] == ("3x3 C=3",)
     assert cases["efficientnet_b0/dw144_5x5_56_s2"] == ("depthwise", "depthwise 5x5")
-    assert cases["kinds/deeplab_256-256_3x3_28"] == ("dilated 3x3",)
-    assert cases["kinds/resnext50_128-128_3x3_56"] == ("grouped",)
+    assert cases["kinds/256-256_3x3_28_d2"] == ("dilated 3x3",)
+    assert cases["kinds/128-128_3x3_56_g32"] == ("grouped",)
     known = {tag for kinds in cases.values() for tag in kinds}
     assert {t.tag for t in performance.TARGETS if t.tag} <= known
 

@@ -20,7 +20,8 @@ template <class Problem, class Arguments> struct Implementation {
 
 // The first that accepts. A forced name must exist and accept; a preferred one goes first where it accepts.
 template <class List, class Problem>
-const auto& select(const List& list, const Problem& problem, const std::string& forced, std::string_view preferred) {
+const auto& select(const List& list, const Problem& problem, const std::string& forced,
+                   std::string_view preferred = {}) {
   if (forced.empty() && !preferred.empty())
     for (const auto& implementation : list)
       if (preferred == implementation.name && implementation.supports(problem) == nullptr) return implementation;
@@ -47,22 +48,24 @@ using Explanation = std::vector<std::pair<std::string, std::string>>;  // name, 
 template <class List, class Problem>
 Explanation explain(const List& list, const Problem& problem, std::string_view preferred = {},
                     const std::string& chooser = {}) {
-  const auto accepted = candidates(list, problem);
-  const bool honoured = std::find(accepted.begin(), accepted.end(), preferred) != accepted.end();
   Explanation rows;
-  for (const auto& implementation : list) {
-    const bool is_preferred = preferred == implementation.name;
-    const char* reason = implementation.supports(problem);
-    if (!honoured) {
-      rows.emplace_back(implementation.name, !reason        ? std::string()
-                                             : is_preferred ? concat("chosen by ", chooser, ", but ", reason)
-                                                            : reason);
-      if (!reason) break;
-    } else if (!is_preferred) {
+  const auto accepted = candidates(list, problem);
+  if (std::find(accepted.begin(), accepted.end(), preferred) != accepted.end()) {
+    for (const auto& implementation : list) {
+      if (preferred == implementation.name) continue;
+      const char* reason = implementation.supports(problem);
       rows.emplace_back(implementation.name, reason ? reason : concat(preferred, " was chosen by ", chooser));
     }
+    rows.emplace_back(preferred, "");
+    return rows;
   }
-  if (honoured) rows.emplace_back(preferred, "");
+  for (const auto& implementation : list) {
+    const char* reason = implementation.supports(problem);
+    const bool refuses = reason && preferred == implementation.name;
+    rows.emplace_back(implementation.name,
+                      (refuses ? concat("chosen by ", chooser, ", but ") : "") + (reason ? reason : ""));
+    if (!reason) break;
+  }
   return rows;
 }
 
