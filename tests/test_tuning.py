@@ -128,8 +128,11 @@ def test_another_instruction_set_in_use_is_not_the_file_s(path: Path) -> None:
     path.write_text(json.dumps(content()))
     fc.load_tuning(path)
     previous = fc.isa()
+    others = [name for name in fc.available_isas() if name != previous]
+    if not others:
+        pytest.skip("a single instruction set")
     try:
-        fc._C.set_isa("portable")
+        fc._C.set_isa(others[0])
         assert fc.explain("conv2d", CASE.x_shape, CASE.w_shape, padding=1)[-1][0] == "winograd"
     finally:
         fc._C.set_isa(previous)
