@@ -124,9 +124,18 @@ template <class T> struct Bytes {
   typedef uint8_t V __attribute__((vector_size(Lanes<T>::kCount)));
 };
 template <bool TAIL, class T> inline typename Lanes<T>::I load_places(const uint8_t* p, int64_t n) {
-  typename Bytes<T>::V bytes{};
-  __builtin_memcpy(&bytes, p, TAIL ? n : Lanes<T>::kCount);
-  return __builtin_convertvector(bytes, typename Lanes<T>::I);
+  uint8_t bytes[Lanes<T>::kCount] = {};
+  if constexpr (TAIL) {
+    __builtin_memcpy(bytes, p, n);
+    p = bytes;
+  }
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return reinterpret_cast<typename Lanes<T>::I>(load_bytes(p));
+  } else {
+    typename Bytes<T>::V vector;
+    __builtin_memcpy(&vector, p, sizeof(vector));
+    return __builtin_convertvector(vector, typename Lanes<T>::I);
+  }
 }
 template <bool TAIL, class T> inline void store_places(uint8_t* p, typename Lanes<T>::I places, int64_t n) {
   const auto bytes = __builtin_convertvector(places, typename Bytes<T>::V);

@@ -29,6 +29,10 @@ using Mask = __m256i;
 inline Vec load_if(bool inside, const float* p, Mask lanes) {
   return _mm256_maskload_ps(p, _mm256_and_si256(lanes, _mm256_set1_epi32(-static_cast<int>(inside))));
 }
+// kLanes bytes as integers: GCC 12 takes the general conversion apart lane by lane.
+inline Vec load_bytes(const uint8_t* p) {
+  return _mm256_castsi256_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
 inline void store_first(float* p, Vec a, int64_t n) { _mm256_maskstore_ps(p, first(n), a); }
 inline void stream(float* p, Vec a) { _mm256_stream_ps(p, a); }  // p 32-byte aligned

@@ -26,6 +26,10 @@ using Mask = __mmask16;
 inline Vec load_if(bool inside, const float* p, Mask lanes) {
   return _mm512_maskz_loadu_ps(static_cast<Mask>(lanes & -static_cast<int>(inside)), p);
 }
+// kLanes bytes as integers: GCC 12 takes the general conversion apart lane by lane.
+inline Vec load_bytes(const uint8_t* p) {
+  return _mm512_castsi512_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
 inline void store_first(float* p, Vec a, int64_t n) { _mm512_mask_storeu_ps(p, first(n), a); }
 inline void stream(float* p, Vec a) { _mm512_stream_ps(p, a); }  // p 64-byte aligned

@@ -27,6 +27,11 @@ inline Vec load_first(const float* p, int64_t n) {
 using Mask = int64_t;
 inline Mask first(int64_t n) { return n; }
 inline Vec load_if(bool inside, const float* p, Mask lanes) { return load_first(p, inside ? lanes : 0); }
+// kLanes bytes as integers.
+inline Vec load_bytes(const uint8_t* p) {
+  typedef int32_t Integers __attribute__((vector_size(16)));
+  return reinterpret_cast<Vec>(Integers{p[0], p[1], p[2], p[3]});
+}
 inline void store(float* p, Vec a) { *reinterpret_cast<UnalignedVec*>(p) = a; }
 inline void store_first(float* p, Vec a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = a[i];
