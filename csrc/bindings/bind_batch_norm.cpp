@@ -249,15 +249,6 @@ py::array batch_norm_backward_input(const py::array& dy_in, const py::array& x_i
   return dx.finish();
 }
 
-// The pooling of an image that is not written; its windows own their elements.
-Pool2dProblem disjoint_pool(const BatchNormProblem& problem, Pair kernel, Pair stride) {
-  const Pool2dProblem pool = make_max_pool2d(problem.dtype, problem.shape, kernel, stride, {0, 0}, {1, 1}, false);
-  FC_CHECK(stride[0] >= kernel[0] && stride[1] >= kernel[1], "windows must not overlap, got a kernel of ", kernel[0],
-           " x ", kernel[1], " and a stride of ", stride[0], " x ", stride[1]);
-  check_places(kernel);
-  return pool;
-}
-
 std::tuple<py::array, py::array, py::array, py::array> batch_norm_max_pool_train(
     const py::array& x_in, const MaybeArray& weight_in, const MaybeArray& bias_in, const MaybeArray& mean_in,
     const MaybeArray& var_in, double momentum, double eps, const std::string& activation_name, Pair kernel,
@@ -265,7 +256,8 @@ std::tuple<py::array, py::array, py::array, py::array> batch_norm_max_pool_train
   const Activation activation = parse_activation(activation_name);
   const TensorView x_view = view(x_in, "input");
   const BatchNormProblem problem = make_batch_norm(x_view.dtype, shape4(x_view, "input"), eps, true);
-  const Pool2dProblem pool = disjoint_pool(problem, kernel, stride);
+  const Pool2dProblem pool = make_max_pool2d(problem.dtype, problem.shape, kernel, stride, {0, 0}, {1, 1}, false);
+  check_places(kernel);
   const ChannelVector weight(weight_in, "weight", problem), bias(bias_in, "bias", problem);
   RunningVector running_mean(mean_in, "running_mean", problem), running_var(var_in, "running_var", problem);
   const ChannelsLast x(x_in, "input");
@@ -291,35 +283,6 @@ std::tuple<py::array, py::array, py::array, py::array> batch_norm_max_pool_train
   return {y.finish(), places.finish(), mean, rstd};
 }
 
-std::tuple<MaybeArray, py::array, py::array> batch_norm_max_pool_backward(
-    const py::array& dy_in, const py::array& places_in, const py::array& x_in, const MaybeArray& weight_in,
-    const py::array& mean_in, const py::array& rstd_in, const MaybeArray& bias_in, const std::string& activation_name,
-    Pair kernel, Pair stride, bool needs_dx) {
-  const Activation activation = parse_activation(activation_name);
-  const TensorView x_view = view(x_in, "input"), dy_view = view(dy_in, "dy"), places_view = view(places_in, "places");
-  const BatchNormProblem problem = make_batch_norm(x_view.dtype, shape4(x_view, "input"), 0, false);
-  const Pool2dProblem pool = disjoint_pool(problem, kernel, stride);
-  check_dtype("dy", dy_view, problem.dtype);
-  check_shape4("dy", dy_view, pool.y_shape());
-  check_dtype("places", places_view, DType::kUInt8);
-  check_shape4("places", places_view, pool.y_shape());
-  const ChannelVector weight(weight_in, "weight", problem), bias(bias_in, "bias", problem);
-  const ChannelVector mean(mean_in, "mean", problem), rstd(rstd_in, "rstd", problem);
-  const ChannelsLast dy(dy_in, "dy"), places(places_in, "places"), x(x_in, "input");
-  std::optional<Output> dx;
-  if (needs_dx) dx.emplace(problem.dtype, problem.shape, x.layout());
-  py::array dweight = new_array(problem.dtype, {problem.channels()}),
-            dbias = new_array(problem.dtype, {problem.channels()});
-  const cpu::BatchNormGradients out{dx ? dx->data() : nullptr, dweight.mutable_data(), dbias.mutable_data(), nullptr};
-  {
-    py::gil_scoped_release nogil;
-    cpu::batch_norm_max_pool_backward(
-        problem, {x.data(), mean.data(), rstd.data(), weight.data(), bias.data(), nullptr, activation}, pool, dy.data(),
-        static_cast<const uint8_t*>(places.data()), out);
-  }
-  return {dx ? MaybeArray(dx->finish()) : std::nullopt, dweight, dbias};
-}
-
 }  // namespace
 
 void bind_batch_norm(py::module_& m) {
@@ -337,8 +300,6 @@ void bind_batch_norm(py::module_& m) {
         "products"_a, "count"_a, "bias"_a, "activation"_a);
   m.def("batch_norm_max_pool_train", &batch_norm_max_pool_train, "x"_a, "weight"_a, "bias"_a, "running_mean"_a,
         "running_var"_a, "momentum"_a, "eps"_a, "activation"_a, "kernel_size"_a, "stride"_a);
-  m.def("batch_norm_max_pool_backward", &batch_norm_max_pool_backward, "dy"_a, "places"_a, "x"_a, "weight"_a, "mean"_a,
-        "rstd"_a, "bias"_a, "activation"_a, "kernel_size"_a, "stride"_a, "needs_dx"_a);
 }
 
 }  // namespace fastconv::bindings

@@ -161,35 +161,27 @@ template <class T> void forward(const BatchNormProblem& a, const BatchNormArgume
   });
 }
 
-// A gradient dy[rows][channels] in units: visit(units, body) calls body(rows, their part of dy) for some at a time.
-// It lies in memory, a row a unit,
-template <class T> struct WholeGradient {
-  const T* dy;
-  int64_t total, channels;
-  int64_t units() const { return total; }
-  template <class Body> void visit(Range rows, Body&& body) const { body(rows, dy + rows.begin * channels); }
-};
-// or is made from that of a following max pooling, a band a unit.
-template <class T> struct PooledGradient {
-  const PoolBands<T>& bands;
-  const T* dy;
-  const uint8_t* places;
-  int64_t width, channels;  // pixels of an image row
-  int64_t units() const { return bands.count(); }
-  template <class Body> void visit(Range units, Body&& body) const {
-    const Buffer scratch(bands.most_rows() * width * channels * sizeof(T));
-    for (int64_t band = units.begin; band < units.end; ++band) {
+template <class T>
+void forward_max_pool(const BatchNormProblem& a, const BatchNormArguments& args, const Pool2dProblem& pool, T* y,
+                      uint8_t* places) {
+  const Affine<T> affine(a, args);
+  const auto kernel = kernels().batch_norm.of<T>().forward[static_cast<int>(args.activation)];
+  const PoolBands<T> bands(pool);
+  const int64_t most = bands.most_rows() * pool.w;
+  parallel_rows(bands.count(), most * a.channels(), [&](int64_t first, int64_t count) {
+    const Buffer scratch(std::max<int64_t>(most * a.channels(), 1) * sizeof(T));
+    for (int64_t band = first; band < first + count; ++band) {
       const Range rows = bands.rows(band);
-      bands.max_backward(band, dy, places, scratch.as<T>());
-      body(Range{rows.begin * width, rows.end * width}, scratch.as<const T>());
+      kernel(rows_at<T>(a, args, affine, rows.begin * pool.w, (rows.end - rows.begin) * pool.w), scratch.as<T>());
+      bands.max(band, scratch.as<const T>(), y, places);
     }
-  }
-};
+  });
+}
 
 // totals: sum of dz, then sum of dz (x - mean), of each channel. dz is stored unless null.
-template <class T, class Gradient>
-void gradient_sums(const BatchNormProblem& a, const BatchNormArguments& args, const Affine<T>& affine,
-                   const Gradient& gradient, T* dz, double* totals) {
+template <class T>
+void gradient_sums(const BatchNormProblem& a, const BatchNormArguments& args, const Affine<T>& affine, const T* dy,
+                   T* dz, double* totals) {
   const int64_t channels = a.channels(), chunks = chunk_count(a.rows(), channels);
   const auto kernel = kernels().batch_norm.of<T>().backward_sums[static_cast<int>(args.activation)];
   Buffer sums(chunks * 2 * channels * sizeof(double));
@@ -198,21 +190,19 @@ void gradient_sums(const BatchNormProblem& a, const BatchNormArguments& args, co
     std::fill(chunk, chunk + 2 * channels, 0.0);
     Buffer scratch(2 * channels * sizeof(T));
     T* block = scratch.as<T>();
-    gradient.visit(split(gradient.units(), chunks, i), [&](Range range, const T* dy) {
-      for_blocks(range, channels, [&](int64_t row, int64_t rows) {
-        kernel(rows_at<T>(a, args, affine, row, rows), dy + (row - range.begin) * channels,
-               dz ? dz + row * channels : nullptr, block, block + channels);
-        for (int64_t c = 0; c < 2 * channels; ++c) chunk[c] += block[c];
-      });
+    for_blocks(split(a.rows(), chunks, i), channels, [&](int64_t row, int64_t rows) {
+      const int64_t at = row * channels;
+      kernel(rows_at<T>(a, args, affine, row, rows), dy + at, dz ? dz + at : nullptr, block, block + channels);
+      for (int64_t c = 0; c < 2 * channels; ++c) chunk[c] += block[c];
     });
   });
   add_chunks(sums.as<double>(), chunks, 2 * channels, 2 * channels, totals);
 }
 
 // dx = rstd weight (dz - mean of dz - (x - mean) rstd^2 mean of dz (x - mean)), the means over `count` values.
-template <class T, class Gradient>
-void backward_input(const BatchNormProblem& a, const BatchNormArguments& args, const Affine<T>& affine,
-                    const Gradient& gradient, const double* sum, const double* products, int64_t count, T* dx) {
+template <class T>
+void backward_input(const BatchNormProblem& a, const BatchNormArguments& args, const Affine<T>& affine, const T* dy,
+                    const double* sum, const double* products, int64_t count, T* dx) {
   const int64_t channels = a.channels();
   const auto kernel = kernels().batch_norm.of<T>().backward_input[static_cast<int>(args.activation)];
   const Buffer vectors(2 * channels * sizeof(T));
@@ -223,25 +213,11 @@ void backward_input(const BatchNormProblem& a, const BatchNormArguments& args, c
     mean_dz[c] = static_cast<T>(sum[c] / values);
     slope[c] = static_cast<T>(products[c] * r * r / values);
   }
-  const bool streaming = worth_streaming(a, dx);
-  const int64_t each = std::max<int64_t>(a.rows() * channels / std::max<int64_t>(gradient.units(), 1), 1);
-  parallel_rows(gradient.units(), each, [&](int64_t unit, int64_t units) {
-    gradient.visit({unit, unit + units}, [&](Range range, const T* dy) {
-      T* to = dx + range.begin * channels;
-      kernel(rows_at<T>(a, args, affine, range.begin, range.end - range.begin, streaming && to != dy), dy, mean_dz,
-             slope, to);
-    });
+  const bool streaming = dx != dy && worth_streaming(a, dx);
+  parallel_rows(a.rows(), channels, [&](int64_t row, int64_t rows) {
+    const int64_t at = row * channels;
+    kernel(rows_at<T>(a, args, affine, row, rows, streaming), dy + at, mean_dz, slope, dx + at);
   });
-}
-
-template <class T>
-void parameter_gradients(const BatchNormProblem& a, const BatchNormArguments& args, const double* totals,
-                         const BatchNormGradients& out) {
-  const auto* rstd = static_cast<const T*>(args.rstd);
-  for (int64_t c = 0; c < a.channels(); ++c) {
-    if (out.dweight) static_cast<T*>(out.dweight)[c] = static_cast<T>(totals[a.channels() + c] * rstd[c]);
-    if (out.dbias) static_cast<T*>(out.dbias)[c] = static_cast<T>(totals[c]);
-  }
 }
 
 template <class T>
@@ -258,8 +234,12 @@ void backward(const BatchNormProblem& a, BatchNormArguments args, const T* dy, b
   auto* totals = vectors.as<double>();
   if (sums || !dx) {
     T* dz = dresidual ? dresidual : dx && costly(args.activation) ? dx : nullptr;
-    gradient_sums<T>(a, args, affine, WholeGradient<T>{dy, rows, channels}, dz, totals);
-    parameter_gradients<T>(a, args, totals, out);
+    gradient_sums<T>(a, args, affine, dy, dz, totals);
+    const auto* rstd = static_cast<const T*>(args.rstd);
+    for (int64_t c = 0; c < channels; ++c) {
+      if (out.dweight) static_cast<T*>(out.dweight)[c] = static_cast<T>(totals[channels + c] * rstd[c]);
+      if (out.dbias) static_cast<T*>(out.dbias)[c] = static_cast<T>(totals[c]);
+    }
     if (dz) {  // the derivative has been applied: the second pass need not find it again
       dy = dz;
       dresidual = nullptr;
@@ -277,38 +257,7 @@ void backward(const BatchNormProblem& a, BatchNormArguments args, const T* dy, b
     });
     return;
   }
-  backward_input<T>(a, args, affine, WholeGradient<T>{dy, rows, channels}, totals, totals + channels, rows, dx);
-}
-
-template <class T>
-void forward_max_pool(const BatchNormProblem& a, const BatchNormArguments& args, const Pool2dProblem& pool, T* y,
-                      uint8_t* places) {
-  const Affine<T> affine(a, args);
-  const auto kernel = kernels().batch_norm.of<T>().forward[static_cast<int>(args.activation)];
-  const PoolBands<T> bands(pool);
-  const int64_t most = bands.most_rows() * pool.w;
-  parallel_rows(bands.count(), most * a.channels(), [&](int64_t first, int64_t count) {
-    const Buffer scratch(most * a.channels() * sizeof(T));
-    for (int64_t band = first; band < first + count; ++band) {
-      const Range rows = bands.rows(band);
-      kernel(rows_at<T>(a, args, affine, rows.begin * pool.w, (rows.end - rows.begin) * pool.w), scratch.as<T>());
-      bands.max(band, scratch.as<const T>(), y, places);
-    }
-  });
-}
-
-template <class T>
-void backward_max_pool(const BatchNormProblem& a, const BatchNormArguments& args, const Pool2dProblem& pool,
-                       const T* dy, const uint8_t* places, const BatchNormGradients& out) {
-  const Affine<T> affine(a, args);
-  const PoolBands<T> bands(pool);
-  const PooledGradient<T> gradient{bands, dy, places, pool.w, a.channels()};
-  const Buffer vectors(2 * a.channels() * sizeof(double));
-  auto* totals = vectors.as<double>();
-  gradient_sums<T>(a, args, affine, gradient, nullptr, totals);
-  parameter_gradients<T>(a, args, totals, out);
-  if (out.dx)
-    backward_input<T>(a, args, affine, gradient, totals, totals + a.channels(), a.rows(), static_cast<T*>(out.dx));
+  backward_input<T>(a, args, affine, dy, totals, totals + channels, rows, dx);
 }
 
 }  // namespace
@@ -356,8 +305,7 @@ void batch_norm_backward_sums(const BatchNormProblem& a, const BatchNormArgument
                               double* totals) {
   dispatch_float(a.dtype, [&](auto t) {
     using T = decltype(t);
-    const WholeGradient<T> gradient{static_cast<const T*>(dy), a.rows(), a.channels()};
-    gradient_sums<T>(a, args, Affine<T>(a, args), gradient, static_cast<T*>(dz), totals);
+    gradient_sums<T>(a, args, Affine<T>(a, args), static_cast<const T*>(dy), static_cast<T*>(dz), totals);
   });
 }
 
@@ -365,8 +313,8 @@ void batch_norm_backward_input(const BatchNormProblem& a, const BatchNormArgumen
                                const double* sum, const double* products, int64_t count, void* dx) {
   dispatch_float(a.dtype, [&](auto t) {
     using T = decltype(t);
-    const WholeGradient<T> gradient{static_cast<const T*>(dy), a.rows(), a.channels()};
-    backward_input<T>(a, args, Affine<T>(a, args), gradient, sum, products, count, static_cast<T*>(dx));
+    backward_input<T>(a, args, Affine<T>(a, args), static_cast<const T*>(dy), sum, products, count,
+                      static_cast<T*>(dx));
   });
 }
 
@@ -383,14 +331,6 @@ void batch_norm_max_pool(const BatchNormProblem& a, const BatchNormArguments& ar
   dispatch_float(a.dtype, [&](auto t) {
     using T = decltype(t);
     forward_max_pool<T>(a, args, pool, static_cast<T*>(y), places);
-  });
-}
-
-void batch_norm_max_pool_backward(const BatchNormProblem& a, const BatchNormArguments& args, const Pool2dProblem& pool,
-                                  const void* dy, const uint8_t* places, const BatchNormGradients& out) {
-  dispatch_float(a.dtype, [&](auto t) {
-    using T = decltype(t);
-    backward_max_pool<T>(a, args, pool, static_cast<const T*>(dy), places, out);
   });
 }
 

@@ -68,38 +68,16 @@ template <class T> void zero(T* p, int64_t count) {
   if (count > 0) std::memset(p, 0, count * sizeof(T));
 }
 
-// The image rows [begin, end) that row p of disjoint windows owns: up to the next one's, from the border.
-Range owned_rows(const Pool2dProblem& a, int64_t p) {
-  return {p == 0 ? 0 : a.rows.windows[p].begin, p + 1 < a.p() ? a.rows.windows[p + 1].begin : a.h};
-}
-
-// Zeros the elements of `rows` image rows that lie in no window of these columns.
-template <class T> void zero_gaps(const Pool2dProblem& a, int64_t rows, T* first) {
-  for (int64_t row = 0; row < rows; ++row) {
+// Zeros the elements of the image rows [begin, end) that lie in no window of these columns.
+template <class T> void zero_gaps(const Pool2dProblem& a, int64_t begin, int64_t end, T* image) {
+  for (int64_t row = begin; row < end; ++row) {
     int64_t done = 0;
     for (const AxisWindow& window : a.columns.windows) {
-      if (window.begin > done) zero(first + (row * a.w + done) * a.c, (window.begin - done) * a.c);
+      if (window.begin > done) zero(image + (row * a.w + done) * a.c, (window.begin - done) * a.c);
       done = std::max(done, window.begin + window.count);
     }
-    zero(first + (row * a.w + done) * a.c, (a.w - done) * a.c);
+    zero(image + (row * a.w + done) * a.c, (a.w - done) * a.c);
   }
-}
-
-// Writes the rows of dx that the p-th row of disjoint windows owns, `dx` being their first; x and dy are the image's.
-template <class T, class Kernel>
-void backward_owned(const Pool2dProblem& a, const std::vector<PoolWindow>& windows, int64_t p, const T* x, const T* dy,
-                    T* dx, Kernel&& kernel) {
-  const AxisWindow& rows = a.rows.windows[p];
-  const Range owned = owned_rows(a, p);
-  const int64_t line = a.w * a.c, before = rows.begin - owned.begin;
-  int64_t covered = 0;
-  for (const AxisWindow& window : a.columns.windows) covered += window.count;
-  zero(dx, before * line);
-  if (covered < a.w) zero_gaps(a, rows.count, dx + before * line);
-  PoolRow<T> row = row_of<T>(a, windows, p, x, nullptr, const_cast<T*>(dy));
-  row.dx = dx + before * line;
-  kernel(row);
-  zero(dx + (before + rows.count) * line, (owned.end - rows.begin - rows.count) * line);
 }
 
 template <class T, class Kernel>
@@ -109,14 +87,22 @@ void backward_disjoint(const Pool2dProblem& a, const std::vector<PoolWindow>& wi
   const bool streaming = a.c * static_cast<int64_t>(sizeof(T)) % kLine == 0 &&
                          reinterpret_cast<uintptr_t>(dx) % kLine == 0 &&
                          a.n * a.h * a.w * a.c * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+  int64_t covered = 0;
+  for (const AxisWindow& window : a.columns.windows) covered += window.count;
   parallel_ranges(a.n * a.p(), rows_per_chunk(a), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / a.p(), p = i % a.p(), image = n * a.h * a.w * a.c;
-      backward_owned<T>(a, windows, p, x ? x + image : nullptr, dy + n * a.p() * a.q() * a.c,
-                        dx + image + owned_rows(a, p).begin * a.w * a.c, [&](PoolRow<T> row) {
-                          row.streaming = streaming;
-                          kernel(row);
-                        });
+      const int64_t n = i / a.p(), p = i % a.p();
+      T* image = dx + n * a.h * a.w * a.c;
+      const AxisWindow& rows = a.rows.windows[p];
+      const int64_t first = p == 0 ? 0 : rows.begin, last = rows.begin + rows.count;
+      const int64_t next = p + 1 < a.p() ? a.rows.windows[p + 1].begin : a.h;
+      zero(image + first * a.w * a.c, (rows.begin - first) * a.w * a.c);
+      if (covered < a.w) zero_gaps(a, rows.begin, last, image);
+      PoolRow<T> row = row_of<T>(a, windows, p, x ? x + n * a.h * a.w * a.c : nullptr, image,
+                                 const_cast<T*>(dy) + n * a.p() * a.q() * a.c);
+      row.streaming = streaming;
+      kernel(row);
+      zero(image + last * a.w * a.c, (next - last) * a.w * a.c);
     }
   });
 }
@@ -255,37 +241,24 @@ void max_pool2d_backward_indices(const Pool2dProblem& a, const void* dy, const i
 template <class T> PoolBands<T>::PoolBands(const Pool2dProblem& a) : problem_(a), windows_(column_windows(a)) {}
 
 template <class T> Range PoolBands<T>::rows(int64_t band) const {
-  const Range owned = owned_rows(problem_, band % problem_.p());
-  const int64_t image = band / problem_.p() * problem_.h;
-  return {image + owned.begin, image + owned.end};
+  const AxisWindow& window = problem_.rows.windows[band % problem_.p()];
+  const int64_t first = band / problem_.p() * problem_.h + window.begin;
+  return {first, first + (window.count > 0 ? (window.count - 1) * problem_.rows.step + 1 : 0)};
 }
 
 template <class T> int64_t PoolBands<T>::most_rows() const {
   int64_t most = 0;
-  for (int64_t p = 0; p < problem_.p(); ++p) {
-    const Range owned = owned_rows(problem_, p);
-    most = std::max(most, owned.end - owned.begin);
-  }
+  for (int64_t p = 0; p < problem_.p(); ++p) most = std::max(most, rows(p).end - rows(p).begin);
   return most;
 }
 
 template <class T> void PoolBands<T>::max(int64_t band, const T* x, T* y, uint8_t* places) const {
   const Pool2dProblem& a = problem_;
-  const int64_t p = band % a.p(), image = band / a.p() * a.p() * a.q() * a.c;
-  PoolRow<T> row = row_of<T>(a, windows_, p, nullptr, nullptr, y + image);
-  row.x = x + (a.rows.windows[p].begin - owned_rows(a, p).begin) * a.w * a.c;
+  PoolRow<T> row = row_of<T>(a, windows_, band % a.p(), nullptr, nullptr, y + band / a.p() * a.p() * a.q() * a.c);
+  row.x = x;
   row.next_row = 0;
   row.place = places + (row.y - y);
   kernels().pool2d.of<T>().max_place(row);
-}
-
-template <class T> void PoolBands<T>::max_backward(int64_t band, const T* dy, const uint8_t* places, T* dx) const {
-  const Pool2dProblem& a = problem_;
-  backward_owned<T>(a, windows_, band % a.p(), nullptr, dy + band / a.p() * a.p() * a.q() * a.c, dx,
-                    [&](PoolRow<T> row) {
-                      row.place = const_cast<uint8_t*>(places) + (row.y - dy);
-                      kernels().pool2d.of<T>().max_place_backward(row);
-                    });
 }
 
 template class PoolBands<float>;

@@ -16,18 +16,16 @@ void max_pool2d_backward_places(const Pool2dProblem&, const void* dy, const uint
 // ValueError if an index lies outside the plane; nothing is written then.
 void max_pool2d_backward_indices(const Pool2dProblem&, const void* dy, const int64_t* indices, void* dx);
 
-// Max pooling by disjoint windows a band at a time, a row of windows of an image, for operations that make x or use dx
-// in the cache: such a band owns the image rows from its windows' to the next one's. It keeps a reference to the
-// problem.
+// Max pooling a band at a time, a row of windows of an image, for operations that make x in the cache. It keeps a
+// reference to the problem.
 template <class T> class PoolBands {
  public:
   explicit PoolBands(const Pool2dProblem&);
   int64_t count() const { return problem_.n * problem_.p(); }
-  Range rows(int64_t band) const;  // that it owns, among the rows of all images
-  int64_t most_rows() const;       // that a band owns
-  // x, dx: the band's rows alone; y, dy and places: the whole arrays
+  Range rows(int64_t band) const;  // that its windows cover, among the rows of all images
+  int64_t most_rows() const;       // that a band covers
+  // x: the rows of the band; y and places: the whole arrays
   void max(int64_t band, const T* x, T* y, uint8_t* places) const;
-  void max_backward(int64_t band, const T* dy, const uint8_t* places, T* dx) const;
 
  private:
   const Pool2dProblem& problem_;

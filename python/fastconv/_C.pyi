@@ -209,19 +209,6 @@ def batch_norm_max_pool_train(
     kernel_size: _Pair,
     stride: _Pair,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: ...
-def batch_norm_max_pool_backward(
-    dy: np.ndarray,
-    places: np.ndarray,
-    x: np.ndarray,
-    weight: np.ndarray | None,
-    mean: np.ndarray,
-    rstd: np.ndarray,
-    bias: np.ndarray | None,
-    activation: str,
-    kernel_size: _Pair,
-    stride: _Pair,
-    needs_dx: bool,
-) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]: ...
 
 # Local response normalisation
 def local_response_norm(

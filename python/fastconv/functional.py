@@ -184,7 +184,7 @@ def batch_norm_max_pool2d(
 ) -> Tensor:
     """max_pool2d(batch_norm(x)) in training, for windows of at most 256 elements without overlap.
 
-    With the bits of the two operations, which would write the image in between and its gradient.
+    With the bits of the two operations, which would write the image in between.
     """
     check_activation(activation)
     inputs = (as_tensor(x), _optional(weight), _optional(bias))
@@ -195,10 +195,11 @@ def batch_norm_max_pool2d(
     )  # fmt: skip
 
     def backward(dy: Array, needs: Needs) -> Sequence[Array | None]:
-        return ops.batch_norm_max_pool_backward(
-            dy, places, xd, wd, mean, rstd, kernel_size, stride,
-            bias=bd, activation=activation, needs_dx=needs[0],
-        )  # fmt: skip
+        dz = ops.max_pool2d_backward(dy, xd, kernel_size, stride, places=places)
+        flags = (*needs, False)
+        return ops.batch_norm_backward(
+            dz, xd, wd, mean, rstd, bias=bd, activation=activation, needs=flags
+        )[:3]
 
     return apply(y, inputs, backward)
 

@@ -270,11 +270,10 @@ def batch_norm_max_pool_train(
 ) -> tuple[Array, Array, Array, Array]:
     """:func:`batch_norm_train` of images, and :func:`max_pool2d` of the result, in one pass.
 
-    Without the normalised image in memory, and with the bits of the two. No padding; windows do not
-    overlap and have at most 256 elements. Returns (y, places, mean, rstd), y and places those of
-    max_pool2d.
-
-    Raises ValueError also for windows that overlap.
+    Without the normalised image in memory, and with the bits of the two. No padding; windows have
+    at most 256 elements, and should not overlap: rows that two of them share are normalised twice.
+    Returns (y, places, mean, rstd), y and places those of max_pool2d. The backward is that of
+    max_pool2d, then :func:`batch_norm_backward`.
     """
     kernel = pair(kernel_size, "kernel_size")
     y, places, mean, rstd = _C.batch_norm_max_pool_train(
@@ -290,38 +289,3 @@ def batch_norm_max_pool_train(
         kernel if stride is None else pair(stride, "stride"),
     )
     return like(y, x), like(places, x), like(mean, x), like(rstd, x)
-
-
-def batch_norm_max_pool_backward(
-    dy: Array,
-    places: Array,
-    x: Array,
-    weight: Array | None,
-    mean: Array,
-    rstd: Array,
-    kernel_size: Any,
-    stride: Any = None,
-    *,
-    bias: Array | None = None,
-    activation: str | None = None,
-    needs_dx: bool = True,
-) -> tuple[Array | None, Array, Array]:
-    """(dx, dweight, dbias) of :func:`batch_norm_max_pool_train`, dy having the shape of its y.
-
-    dx is None where needs_dx says so; the rest as in :func:`batch_norm_backward`.
-    """
-    kernel = pair(kernel_size, "kernel_size")
-    dx, dweight, dbias = _C.batch_norm_max_pool_backward(
-        to_numpy(dy, "dy"),
-        to_numpy(places, "places"),
-        to_numpy(x, "input"),
-        _optional(weight, "weight"),
-        to_numpy(mean, "mean"),
-        to_numpy(rstd, "rstd"),
-        _optional(bias, "bias"),
-        activation or "",
-        kernel,
-        kernel if stride is None else pair(stride, "stride"),
-        bool(needs_dx),
-    )
-    return None if dx is None else like(dx, dy), like(dweight, dy), like(dbias, dy)
