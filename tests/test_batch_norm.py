@@ -236,6 +236,33 @@ def test_parts_refuse():
         fc.batch_norm_backward_input(x, x, None, c, c, sums[0], 32)
 
 
+def test_large_results_have_the_bits_of_their_parts(isa):
+    """Results of 16 MB are written around the caches, those of their halves are not."""
+    shape = (2, 64, 200, 200)
+    x, dy = (channels_last(normal(name, shape=shape)) for name in "xd")
+    vectors = [abs(normal(i, shape=(64,))) + np.float32(0.5) for i in range(4)]
+
+    def results(x, dy):
+        gradients = fc.batch_norm_backward_input(
+            dy, x, *vectors[:3], np.ones((2, 64)), 1 << 20, bias=vectors[3], activation="relu"
+        )
+        pooled = fc.max_pool2d(x, 2, return_places=True)
+        return (
+            fc.batch_norm(x, *vectors, activation="relu"),
+            gradients,
+            fc.relu(x),
+            fc.relu_backward(dy, x),
+            fc.add(x, dy),
+            *pooled,
+            fc.max_pool2d_backward(pooled[0], x, 2, places=pooled[1]),
+            fc.global_avg_pool2d_backward(pooled[0][:, :, :1, :1], x),
+        )
+
+    halves = zip(results(x[:1], dy[:1]), results(x[1:], dy[1:]), strict=True)
+    for whole, parts in zip(results(x, dy), halves, strict=True):
+        assert_same_bits(whole, np.concatenate(parts))
+
+
 POOLED = [((2, 16, 6, 8), 2, None), ((3, 19, 7, 5), (2, 3), None), ((1, 33, 9, 11), 2, 3),
           ((2, 64, 4, 4), 4, None), ((4, 3, 33, 40), (16, 16), None),
           ((2, 20, 9, 8), 3, 2)]  # fmt: skip

@@ -65,6 +65,7 @@ def other_operations() -> Operations:
         lambda: fc.conv_transpose2d_backward(transposed, x, w, **geometry),
     )
     yield "max_pool2d", lambda: fc.max_pool2d(x, 3, 2, 1, return_indices=True)
+    yield "max_pool2d places", lambda: fc.max_pool2d(x, 3, 2, 1, return_places=True)
     yield "max_pool2d_backward", lambda: fc.max_pool2d_backward(pooled, x, 3, 2, 1)
     yield "avg_pool2d", lambda: fc.avg_pool2d(x, 3, 2, 1)
     yield "avg_pool2d_backward", lambda: fc.avg_pool2d_backward(pooled, x, 3, 2, 1)
@@ -77,6 +78,14 @@ def other_operations() -> Operations:
         return fc.batch_norm_train(x, weight, bias, mean, var, 0.1, 1e-5, **fused), mean, var
 
     yield "batch_norm_train", train
+    yield (
+        "batch_norm_max_pool_train",
+        lambda: fc.batch_norm_max_pool_train(x, weight, bias, None, None, 0.1, 1e-5, 2),
+    )
+    yield (
+        "batch_norm_backward silu",
+        lambda: fc.batch_norm_backward(dy, x, weight, bias, weight, bias=bias, activation="silu"),
+    )
     yield (
         "batch_norm_backward",
         lambda: fc.batch_norm_backward(dy, x, weight, bias, weight, bias=bias, **fused),

@@ -51,6 +51,7 @@ CALLS = {
     "global_avg_pool2d_backward": (normal("dg", shape=(2, 19, 1, 1)), X),
     "batch_norm": (X, np.zeros(19, "f"), np.ones(19, "f")),
     "batch_norm_train": (X, np.ones(19, "f"), None, None, None, 0.1, 1e-5),
+    "batch_norm_max_pool_train": (X, np.ones(19, "f"), None, None, None, 0.1, 1e-5, 2),
     "batch_norm_backward": (X, X, np.ones(19, "f"), np.zeros(19, "f"), np.ones(19, "f")),
     "local_response_norm": (X, 5),
     "local_response_norm_backward": (X, X, 5),

@@ -46,6 +46,12 @@ def test_tails(isa):
         check((size, 6), 7)
 
 
+def test_large_weights_of_few_rows(isa):
+    """Gradients that are written where they lie, around the caches too."""
+    check((5, 1040), 530)
+    check((64, 1100), 37)
+
+
 def test_without_bias(isa):
     x, w = normal("x", shape=(4, 7)), normal("w", shape=(5, 7))
     assert_conv_close(fc.linear(x, w), x.astype("d") @ w.T, abs(x) @ abs(w).T, 7)
