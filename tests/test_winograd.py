@@ -1,8 +1,10 @@
-"""Winograd F(4x4, 3x3): sizes, channels, padding, data of any range, and what it may not touch."""
+"""Winograd F(4x4, 3x3) and F(2x2, 5x5): sizes, channels, padding, dilation, data of any range, and
+what it may not touch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -65,8 +67,27 @@ CASES = [
     case3x3("one_panel", 2, 600, 6, 6, 32),
 ]
 
+CASES_5X5 = [
+    ConvCase("5x5", 2, 20, 9, 8, 40, 5, 5, padding=2),
+    ConvCase("5x5_valid", 1, 17, 11, 10, 18, 5, 5),
+    ConvCase("5x5_four_sides", 1, 18, 7, 9, 20, 5, 5, padding=((0, 3), (4, 1))),
+    ConvCase("5x5_groups", 2, 66, 8, 7, 36, 5, 5, padding=2, groups=2),
+    ConvCase("5x5_large", 1, 130, 7, 6, 140, 5, 5, padding=2),
+    ConvCase("5x5_dilated", 1, 16, 13, 14, 24, 5, 5, padding=(4, 2), dilation=(2, 1)),
+]
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Grids of equal and of different sizes, larger and smaller than a tile.
+CASES_DILATED = [
+    ConvCase("dilated_2", 2, 20, 12, 16, 40, 3, 3, padding=2, dilation=2),
+    ConvCase("dilated_2_odd", 2, 34, 13, 11, 36, 3, 3, padding=2, dilation=2, groups=2),
+    ConvCase("dilated_rows", 1, 18, 15, 8, 17, 3, 3, padding=(3, 1), dilation=(3, 1)),
+    ConvCase("dilated_four_sides", 1, 16, 11, 12, 33, 3, 3, 1, ((0, 3), (5, 1)), dilation=(2, 3)),
+    ConvCase("dilated_valid", 1, 24, 24, 25, 16, 3, 3, dilation=4),
+    ConvCase("dilated_5", 1, 130, 12, 13, 140, 3, 3, padding=5, dilation=5),
+]
+
+
+@pytest.mark.parametrize("case", CASES + CASES_5X5 + CASES_DILATED, ids=str)
 def test_cases(case, isa):
     check(case)
 
@@ -94,7 +115,8 @@ def ranges(x: np.ndarray, kind: str) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["after_relu", "offset", "large_range", "tiny", "huge", "zeros"])
 def test_ranges_of_data(kind, isa):
     """The limit holds for activations, for data far from zero, and over twelve decades."""
-    for case in (CASES[0], case3x3("wide", 1, 64, 14, 13, 32), CASES[7]):
+    wide = case3x3("wide", 1, 64, 14, 13, 32), replace(CASES_5X5[0], name="5x5_wide", c=64)
+    for case in (CASES[0], *wide, CASES[7], CASES_5X5[4], CASES_DILATED[0]):
         plain = conv_data(case)
         x = ranges(plain.x, kind)
         dy = ranges(plain.dy, kind) if kind not in ("tiny", "huge") else plain.dy
@@ -116,7 +138,7 @@ def test_ranges_of_data(kind, isa):
 
 
 def test_bias_residual_activation(isa):
-    for case in (CASES[0], CASES[4], CASES[7]):
+    for case in (CASES[0], CASES[4], CASES[7], CASES_5X5[2], CASES_DILATED[3]):
         data = conv_data(case)
         residual = reference.normal(case, "residual", shape=case.y_shape)
         before = data.ref["y"] + residual + data.bias[:, None, None].astype(np.float64)
@@ -130,8 +152,11 @@ def test_bias_residual_activation(isa):
         reference.assert_within(y, np.maximum(before, 0), limit, str(case))
 
 
-def test_transposed_convolution_uses_it_too(isa):
-    case = ConvTransposeCase("3x3", 2, 20, 9, 10, 24, 3, 3, padding=1)
+@pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (5, 1), (3, 2)])
+def test_transposed_convolution_uses_it_too(kernel, dilation, isa):
+    case = ConvTransposeCase(
+        "transposed", 2, 20, 9, 10, 24, kernel, kernel, padding=1, dilation=dilation
+    )
     data = conv_data(case)
     with forced("winograd"):
         y = fc.conv_transpose2d(channels_last(data.x), data.w, **case.arguments)
@@ -139,7 +164,11 @@ def test_transposed_convolution_uses_it_too(isa):
     assert_conv_close(y, *limit, winograd=True)
 
 
-@pytest.mark.parametrize("case", [CASES[3], CASES[4], CASES[7], CASES[8]], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [CASES[3], CASES[4], CASES[7], CASES[8], CASES_5X5[3], CASES_5X5[4], *CASES_DILATED[3:6:2]],
+    ids=str,
+)
 def test_threads_do_not_change_a_bit(case, isa):
     data = conv_data(case)
     one = run(case, data)
@@ -149,7 +178,9 @@ def test_threads_do_not_change_a_bit(case, isa):
             assert_same_bits(got, expected, f"{case} {name} {threads} threads")
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[5], CASES[7]], ids=str)
+@pytest.mark.parametrize(
+    "case", [CASES[1], CASES[3], CASES[5], CASES[7], *CASES_5X5[2:5:2], *CASES_DILATED[3:]], ids=str
+)
 @pytest.mark.parametrize("end", ["start", "end"])
 def test_no_access_outside_the_arrays(case, end, isa):
     data = conv_data(case)
@@ -200,9 +231,11 @@ def test_declines_with_a_reason():
         return dict(fc.explain("conv2d", *shapes, **arguments))["winograd"]
 
     assert reason(16, 8, 16, padding=1) is None
-    assert "3x3" in reason(16, 8, 16, 5)
+    assert reason(16, 8, 16, 5, padding=2) is None
+    assert reason(16, 8, 16, padding=2, dilation=2) is None
+    assert "small" in reason(16, 8, 16, padding=7, dilation=7)
+    assert "3x3" in reason(16, 8, 16, 4)
     assert "stride" in reason(16, 8, 16, stride=2)
-    assert "dilated" in reason(16, 8, 16, dilation=2)
     assert "channels" in reason(15, 8, 16, padding=1)
     assert "channels" in reason(16, 8, 15, padding=1)
     assert "small" in reason(16, 2, 16, padding=1)

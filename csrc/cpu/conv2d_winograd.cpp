@@ -1,4 +1,6 @@
-// Fused Winograd for 3x3 kernels at stride 1: F(4x4, 3x3), with tiles of 3 where an image's size leaves a remainder.
+// Fused Winograd for 3x3 and 5x5 kernels at stride 1: F(4x4, 3x3), with tiles of 3 where an image's size leaves a
+// remainder, and F(2x2, 5x5). The pixels that one tap of a dilated kernel reaches form a sub-grid of the image; each of
+// these interleaved grids is treated as an image of its own, whose strides are larger.
 //
 // Tiles are evaluated at 36 positions; at each position the tiles and the weights are multiplied as matrices by the
 // register tiles of the direct engine, and the products are turned back into pixels. The forward pass and the input
@@ -14,6 +16,7 @@
 #include "cpu/kernels/winograd.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <utility>
 #include <vector>
@@ -23,8 +26,6 @@
 #include "cpu/parallel.h"
 #include "cpu/registry.h"
 
-#include <chrono>
-#include <cstdio>
 namespace fastconv::cpu::winograd {
 namespace {
 
@@ -34,7 +35,7 @@ using direct::WeightGradientProblem;
 using direct::WeightView;
 
 constexpr int64_t kSkew = 48;
-constexpr int64_t kTaps = 9;
+constexpr int64_t kMaxTaps = 5;  // an axis
 constexpr int64_t kStreamedFloats = 2 << 20;
 // Weights of so many elements are `small`, forward and in the weight gradient, whose accumulators must fit L2.
 constexpr int64_t kSmallWeights = 128 * 128;
@@ -49,36 +50,60 @@ constexpr int64_t kGradientTiles = 128;
 // Parts of the tiles that a weight gradient sums apart (small), so that many cores find work.
 constexpr int64_t kGradientParts = 16;
 
-// One axis of outputs cut into tiles of 4, then tiles of 3. The last tile may reach over the end.
-struct Cut {
-  int64_t outputs, fours, threes;
+// An axis of outputs, and the taps in the order of the source: the first reads source pixel (output + first), the
+// others follow `dilation` apart. Outputs as far apart form the interleaved grids.
+struct Axis {
+  int64_t outputs, taps, first, dilation;
+  int64_t index[kMaxTaps];
 
-  explicit Cut(int64_t outputs) : outputs(outputs), fours(ceil_divide(outputs, 4)), threes(0) {
-    for (int64_t f = fours - 1; f >= 0 && fours - f <= 4; --f) {
-      const int64_t t = ceil_divide(outputs - 4 * f, 3);
-      if (6 * f + 5 * t < points()) fours_then(f, t);
-    }
+  explicit Axis(const AxisTaps& axis) : outputs(axis.outputs), taps(static_cast<int64_t>(axis.taps.size())) {
+    const int64_t step = axis.taps[1].offset - axis.taps[0].offset;
+    for (int64_t i = 0; i < taps; ++i) index[i] = axis.taps[step > 0 ? i : taps - 1 - i].index;
+    first = axis.taps[step > 0 ? 0 : taps - 1].offset;
+    dilation = std::abs(step);
   }
-  int64_t points() const { return 6 * fours + 5 * threes; }
-  int64_t tiles(bool four) const { return four ? fours : threes; }
-  int64_t begin(bool four, int64_t i) const { return four ? 4 * i : 4 * fours + 3 * i; }
-
- private:
-  void fours_then(int64_t f, int64_t t) { fours = f, threes = t; }
+  int64_t grids() const { return std::min(dilation, outputs); }
+  int64_t grid_outputs() const { return ceil_divide(outputs, dilation); }  // of the first grid; of others one less
 };
 
-// All tiles of all images, ordered by class so that the tiles that have a position are neighbours:
-// (rows, columns) = (4, 3), (4, 4), (3, 4), (3, 3). Position (4, *) belongs to the first two, (*, 4) to the middle two.
+// The outputs of a grid cut along one axis into full tiles (6 points: 4 outputs under 3 taps, 2 under 5), then tiles of
+// 3 (5 points, only under 3 taps). The last tile may reach over the end.
+struct Cut {
+  int64_t full_tile, full, threes;
+
+  Cut(int64_t outputs, int64_t taps) : full_tile(kPoints + 1 - taps), full(ceil_divide(outputs, full_tile)), threes(0) {
+    if (taps != 3) return;
+    const int64_t most = full;
+    for (int64_t f = most - 1; f >= 0 && most - f <= 4; --f) {
+      const int64_t t = ceil_divide(outputs - full_tile * f, 3);
+      if (6 * f + 5 * t < points()) full = f, threes = t;
+    }
+  }
+  int64_t points() const { return 6 * full + 5 * threes; }
+  int64_t tile(bool is_full) const { return is_full ? full_tile : 3; }
+  int64_t tiles(bool is_full) const { return is_full ? full : threes; }
+  int64_t begin(bool is_full, int64_t i) const { return is_full ? full_tile * i : full_tile * full + 3 * i; }
+};
+
+// All tiles of all grids of all images, ordered by class so that the tiles that have a position are neighbours:
+// (rows, columns) = (full, 3), (full, full), (3, full), (3, 3). Position (4, *) belongs to the first two, (*, 4) to the
+// middle two.
 class Tiles {
  public:
   struct Tile {
     WinogradTile size;
-    int64_t n, y, x;  // first output
+    int64_t n, y, x;        // first output
+    int64_t rows, columns;  // outputs from there to the end of the grid; none where a grid is smaller than the first
   };
 
-  Tiles(int64_t images, int64_t rows, int64_t columns) : rows_(rows), columns_(columns) {
+  Tiles(int64_t images, const Axis& rows, const Axis& columns)
+      : row_axis_(rows),
+        column_axis_(columns),
+        rows_(rows.grid_outputs(), rows.taps),
+        columns_(columns.grid_outputs(), columns.taps) {
+    const int64_t grids = images * rows.grids() * columns.grids();
     for (int i = 0; i < 4; ++i)
-      ends_[i] = (i ? ends_[i - 1] : 0) + images * rows_.tiles(four_rows(i)) * columns_.tiles(four_columns(i));
+      ends_[i] = (i ? ends_[i - 1] : 0) + grids * rows_.tiles(full_rows(i)) * columns_.tiles(full_columns(i));
   }
   int64_t count() const { return ends_[3]; }
 
@@ -86,12 +111,17 @@ class Tiles {
     int kind = 0;
     while (i >= ends_[kind]) ++kind;
     if (kind > 0) i -= ends_[kind - 1];
-    const bool fr = four_rows(kind), fc = four_columns(kind);
+    const bool fr = full_rows(kind), fc = full_columns(kind);
     const int64_t across = columns_.tiles(fc), down = rows_.tiles(fr);
-    return {{fr ? 4 : 3, fc ? 4 : 3},
-            i / (across * down),
-            rows_.begin(fr, i / across % down),
-            columns_.begin(fc, i % across)};
+    const int64_t grid = i / (across * down), grids_across = column_axis_.grids(), grids_down = row_axis_.grids();
+    const int64_t y = grid / grids_across % grids_down + rows_.begin(fr, i / across % down) * row_axis_.dilation;
+    const int64_t x = grid % grids_across + columns_.begin(fc, i % across) * column_axis_.dilation;
+    return {{rows_.tile(fr), columns_.tile(fc)},
+            grid / (grids_across * grids_down),
+            y,
+            x,
+            ceil_divide(row_axis_.outputs - y, row_axis_.dilation),
+            ceil_divide(column_axis_.outputs - x, column_axis_.dilation)};
   }
 
   // Of the tiles [begin, end), those that have this position.
@@ -102,27 +132,20 @@ class Tiles {
   }
 
  private:
-  static bool four_rows(int kind) { return kind < 2; }
-  static bool four_columns(int kind) { return kind == 1 || kind == 2; }
+  static bool full_rows(int kind) { return kind < 2; }
+  static bool full_columns(int kind) { return kind == 1 || kind == 2; }
+  Axis row_axis_, column_axis_;
   Cut rows_, columns_;
   int64_t ends_[4];
 };
 
-// The taps of an axis in the order of the source; the first reads source pixel (output + first).
-struct Axis {
-  int64_t first;
-  int64_t index[3];
-  explicit Axis(const AxisTaps& axis) {
-    const bool ascending = axis.taps[0].offset < axis.taps[2].offset;
-    for (int i = 0; i < 3; ++i) index[i] = axis.taps[ascending ? i : 2 - i].index;
-    first = axis.taps[ascending ? 0 : 2].offset;
-  }
-};
-
-// Bit i: pixel begin + i of an axis lies inside [0, size).
-uint32_t inside(int64_t begin, int64_t size) {
+// Bit i: pixel begin + i * step of an axis lies inside [0, size).
+uint32_t inside(int64_t begin, int64_t step, int64_t size) {
   uint32_t bits = 0;
-  for (int64_t i = 0; i < kPoints; ++i) bits |= static_cast<uint32_t>(begin + i >= 0 && begin + i < size) << i;
+  for (int64_t i = 0; i < kPoints; ++i) {
+    const int64_t at = begin + i * step;
+    bits |= static_cast<uint32_t>(at >= 0 && at < size) << i;
+  }
   return bits;
 }
 
@@ -142,7 +165,7 @@ int64_t input_position(int64_t channels, int64_t tiles) {
 void transform_input(const SourceImage& source, const Axis& rows, const Axis& columns, const Tiles& tiles, Range mine,
                      const Block& v) {
   WinogradInput t{};
-  t.row = source.w * source.pixel, t.pixel = source.pixel;
+  t.row = rows.dilation * source.w * source.pixel, t.pixel = columns.dilation * source.pixel;
   t.channels = source.channels;
   t.block = v.size() * kBlock, t.position = v.position;
   for (int64_t i = mine.begin; i < mine.end; ++i) {
@@ -150,8 +173,9 @@ void transform_input(const SourceImage& source, const Axis& rows, const Axis& co
     const int64_t y = tile.y + rows.first, x = tile.x + columns.first;
     t.tile = tile.size;
     t.x = source.data + ((tile.n * source.h + y) * source.w + x) * source.pixel + source.first_channel;
-    t.rows_in = inside(y, source.h), t.columns_in = inside(x, source.w);
-    t.next = (x + tile.size.columns + 2 < source.w ? kPoints : tile.size.rows * source.w - x) * source.pixel;
+    t.rows_in = inside(y, rows.dilation, source.h), t.columns_in = inside(x, columns.dilation, source.w);
+    const bool more = tile.columns > tile.size.columns;
+    t.next = more ? kPoints * t.pixel : tile.size.rows * t.row - x * source.pixel;
     t.v = v.data + (i - v.tiles.begin) * kBlock;
     kernels().winograd.input(t);
   }
@@ -161,16 +185,20 @@ void transform_input(const SourceImage& source, const Axis& rows, const Axis& co
 void transform_weights(const WeightView& w, const Axis& rows, const Axis& columns, const Panels& panels, int64_t g,
                        int64_t panel, Range channels, float* u, int64_t position) {
   const auto& k = kernels();
-  constexpr int64_t kChannels = 4 * kBlock;  // whole cache lines side by side, for the memory's sake
-  const int64_t width = panels.width(panel), tap = kChannels * width;
-  alignas(64) float taps[kTaps * kChannels * 32];
+  // Whole cache lines side by side, for the memory's sake, while all taps stay in L2.
+  constexpr int64_t kChannelsOf3 = 4 * kBlock, kChannelsOf5 = kBlock;
+  static_assert(25 * kChannelsOf5 <= 9 * kChannelsOf3);
+  const int64_t at_once = rows.taps == 3 ? kChannelsOf3 : kChannelsOf5;
+  const int64_t width = panels.width(panel), tap = at_once * width;
+  alignas(64) float taps[9 * kChannelsOf3 * 32];
   const float* src = w.data + g * w.group + panel * panels.tile_k * w.out;
-  for (int64_t c = channels.begin; c < channels.end; c += kChannels) {
-    const int64_t count = std::min(kChannels, channels.end - c);
-    for (int64_t i = 0; i < kTaps; ++i)
-      k.conv2d.pack_weights(src + c * w.in + rows.index[i / 3] * w.row + columns.index[i % 3] * w.column, w.out, w.in,
-                            panels.channels(panel), count, width, taps + i * tap);
-    k.winograd.weights(taps, tap, count * width, u + c * width, position);
+  for (int64_t c = channels.begin; c < channels.end; c += at_once) {
+    const int64_t count = std::min(at_once, channels.end - c);
+    for (int64_t i = 0; i < rows.taps * columns.taps; ++i)
+      k.conv2d.pack_weights(
+          src + c * w.in + rows.index[i / columns.taps] * w.row + columns.index[i % columns.taps] * w.column, w.out,
+          w.in, panels.channels(panel), count, width, taps + i * tap);
+    k.winograd.weights[rows.taps == 5](taps, tap, count * width, u + c * width, position);
   }
 }
 
@@ -203,12 +231,12 @@ void multiply(const Tiles& tiles, Range mine, const Block& v, int64_t channels, 
 }
 
 // The outputs of the tiles [mine) for one panel of channels.
-void transform_output(const DirectProblem& d, const Tiles& tiles, Range mine, const Panels& panels, int64_t g,
-                      int64_t panel, const Block& m) {
+void transform_output(const DirectProblem& d, const Axis& rows, const Axis& columns, const Tiles& tiles, Range mine,
+                      const Panels& panels, int64_t g, int64_t panel, const Block& m) {
   const int64_t channel = g * d.outs + panel * panels.tile_k;
   WinogradOutput t{};
   t.position = m.position;
-  t.row = d.y_w * d.y_pixel, t.pixel = d.y_pixel;
+  t.row = rows.dilation * d.y_w * d.y_pixel, t.pixel = columns.dilation * d.y_pixel;
   t.channels = panels.channels(panel);
   t.bias = d.epilogue.bias ? d.epilogue.bias + channel : nullptr;
   t.low = d.epilogue.low, t.high = d.epilogue.high;
@@ -220,7 +248,7 @@ void transform_output(const DirectProblem& d, const Tiles& tiles, Range mine, co
     t.m = m.data + (i - m.tiles.begin) * panels.width(panel);
     t.y = d.y + at;
     t.residual = d.epilogue.residual ? d.epilogue.residual + at : nullptr;
-    t.rows = d.y_h - tile.y, t.columns = d.y_w - tile.x;
+    t.rows = tile.rows, t.columns = tile.columns;
     kernels().winograd.output(t);
   }
 }
@@ -263,7 +291,7 @@ void run_small(const DirectProblem& d, const Tiles& tiles, const Axis& rows, con
         transform_input(group_source(d.source, g), rows, columns, tiles, mine, v);
         for (int64_t panel = 0; panel < panels.count(); ++panel) {
           multiply(tiles, mine, v, channels, u + panel * u_panel, u_position, panels.width(panel), m);
-          transform_output(d, tiles, mine, panels, g, panel, m);
+          transform_output(d, rows, columns, tiles, mine, panels, g, panel, m);
         }
       },
       threads);
@@ -302,7 +330,7 @@ void run_large(const DirectProblem& d, const Tiles& tiles, const Axis& rows, con
             const Range mine{all.begin + part.begin + few.begin, all.begin + part.begin + few.end};
             const Block m{u + kPositions * u_position, mine, m_position};
             multiply(tiles, mine, v, channels, u, u_position, panels.width(panel), m);
-            transform_output(d, tiles, mine, panels, g, panel, m);
+            transform_output(d, rows, columns, tiles, mine, panels, g, panel, m);
           }
         },
         threads);
@@ -312,8 +340,8 @@ void run_large(const DirectProblem& d, const Tiles& tiles, const Axis& rows, con
 void convolve(DirectProblem d) {
   const auto& k = kernels().conv2d;
   const Panels panels{d.outs, k.tile_k, k.lanes};
-  const Tiles tiles(d.images, d.rows.outputs, d.columns.outputs);
   const Axis rows(d.rows), columns(d.columns);
+  const Tiles tiles(d.images, rows, columns);
   // The next layer reads y at once: it goes around the caches only where it would not stay in them.
   d.streaming = worth_streaming(d.images * d.y_h * d.y_w, d.y_pixel, kStreamedFloats) && d.outs % k.lanes == 0;
   if (d.source.channels * d.outs <= kSmallWeights)
@@ -323,18 +351,18 @@ void convolve(DirectProblem d) {
 }
 
 // d of the tiles [mine), for the channels of a group.
-void transform_gradient(const WeightGradientProblem& a, const Tiles& tiles, Range mine, const Panels& panels, int64_t g,
-                        const Block& d) {
+void transform_gradient(const WeightGradientProblem& a, const Axis& rows, const Axis& columns, const Tiles& tiles,
+                        Range mine, const Panels& panels, int64_t g, const Block& d) {
   const int64_t pixel = a.groups * a.outs;
   WinogradGradient t{};
-  t.row = a.columns.outputs * pixel, t.pixel = pixel;
+  t.row = rows.dilation * columns.outputs * pixel, t.pixel = columns.dilation * pixel;
   t.position = d.position;
   for (int64_t i = mine.begin; i < mine.end; ++i) {
     const Tiles::Tile tile = tiles[i];
     t.tile = tile.size;
-    t.rows = a.rows.outputs - tile.y, t.columns = a.columns.outputs - tile.x;
-    t.next = t.columns > tile.size.columns ? tile.size.columns * pixel : tile.size.rows * t.row - tile.x * pixel;
-    const float* dy = a.dy + ((tile.n * a.rows.outputs + tile.y) * a.columns.outputs + tile.x) * pixel + g * a.outs;
+    t.rows = tile.rows, t.columns = tile.columns;
+    t.next = t.columns > tile.size.columns ? tile.size.columns * t.pixel : tile.size.rows * t.row - tile.x * pixel;
+    const float* dy = a.dy + ((tile.n * rows.outputs + tile.y) * columns.outputs + tile.x) * pixel + g * a.outs;
     for (int64_t panel = 0; panel < panels.count(); ++panel) {
       t.dy = dy + panel * panels.tile_k;
       t.channels = panels.channels(panel), t.width = panels.width(panel);
@@ -381,7 +409,8 @@ void run_small(const WeightGradientProblem& a, const Tiles& tiles, const Axis& r
   const int64_t v_position = input_position(channels, fit), d_position = outs * fit + kSkew;
   const int64_t m_panel = blocks * kBlock * panels.tile_k, m_position = panels.count() * m_panel + kSkew;
   const int64_t scratch_floats = kPositions * (v_position + d_position + m_position);
-  const int64_t slot_floats = kTaps * blocks * kBlock * panels.tile_k, slots = a.groups * panels.count();
+  const int64_t taps = rows.taps * columns.taps;
+  const int64_t slot_floats = taps * blocks * kBlock * panels.tile_k, slots = a.groups * panels.count();
   const int threads = num_threads();
 
   Buffer scratch(threads * scratch_floats * sizeof(float)), sums(parts * slots * slot_floats * sizeof(float));
@@ -399,7 +428,7 @@ void run_small(const WeightGradientProblem& a, const Tiles& tiles, const Axis& r
           const Range mine{all.begin + few.begin, all.begin + few.end};
           const Block v{own, mine, v_position}, d{own + kPositions * v_position, mine, d_position};
           transform_input(group_source(a.source, g), rows, columns, tiles, mine, v);
-          transform_gradient(a, tiles, mine, panels, g, d);
+          transform_gradient(a, rows, columns, tiles, mine, panels, g, d);
           for (int64_t panel = 0; panel < panels.count(); ++panel)
             add_products(tiles, v, d, {0, blocks}, channels, panels, panel, m + panel * m_panel, m_position);
         }
@@ -407,8 +436,8 @@ void run_small(const WeightGradientProblem& a, const Tiles& tiles, const Axis& r
           const int64_t floats = kBlock * panels.width(panel);
           float* sum = sums.as<float>() + (part * slots + g * panels.count() + panel) * slot_floats;
           for (int64_t b = 0; b < blocks; ++b)
-            kernels().winograd.weight_gradient(m + panel * m_panel + b * floats, m_position, floats,
-                                               sum + b * kTaps * floats, floats);
+            kernels().winograd.weight_gradient[rows.taps == 5](m + panel * m_panel + b * floats, m_position, floats,
+                                                               sum + b * taps * floats, floats);
         }
       },
       threads);
@@ -426,7 +455,7 @@ void run_large(const WeightGradientProblem& a, const Tiles& tiles, const Axis& r
   const int64_t sections = ceil_divide(tiles.count(), fit), size = ceil_divide(tiles.count(), sections);
   const int64_t v_position = input_position(channels, size), d_position = outs * size + kSkew;
   const int64_t m_position = kBlocks * kBlock * panels.tile_k + kSkew;
-  const int64_t block_floats = kTaps * kBlock * panels.tile_k;
+  const int64_t taps = rows.taps * columns.taps, block_floats = taps * kBlock * panels.tile_k;
   const int64_t scratch_floats = kPositions * m_position + kBlocks * block_floats;
   const int threads = num_threads();
   Buffer shared(kPositions * (v_position + d_position) * sizeof(float)),
@@ -441,21 +470,22 @@ void run_large(const WeightGradientProblem& a, const Tiles& tiles, const Axis& r
       parallel_ranges(all.end - all.begin, 4, [&](int64_t begin, int64_t end) {
         const Range mine{all.begin + begin, all.begin + end};
         transform_input(group_source(a.source, g), rows, columns, tiles, mine, v);
-        transform_gradient(a, tiles, mine, panels, g, d);
+        transform_gradient(a, rows, columns, tiles, mine, panels, g, d);
       });
       parallel_for(
           panels.count() * block_parts,
           [&](int64_t i, int thread) {
             const int64_t panel = i / block_parts;
             const Range mine = split(blocks, block_parts, i % block_parts);
-            const int64_t tap = kBlock * panels.width(panel), floats = (mine.end - mine.begin) * kTaps * tap;
+            const int64_t tap = kBlock * panels.width(panel), floats = (mine.end - mine.begin) * taps * tap;
             float* const m = scratch.as<float>() + thread * scratch_floats;
             float* const dw = m + kPositions * m_position;
             float* const sum = sums.as<float>() + (panel * blocks + mine.begin) * block_floats;
             std::memset(m, 0, kPositions * m_position * sizeof(float));
             add_products(tiles, v, d, mine, channels, panels, panel, m, m_position);
             for (int64_t b = 0; b < mine.end - mine.begin; ++b)
-              kernels().winograd.weight_gradient(m + b * tap, m_position, tap, dw + b * kTaps * tap, tap);
+              kernels().winograd.weight_gradient[rows.taps == 5](m + b * tap, m_position, tap, dw + b * taps * tap,
+                                                                 tap);
             if (section > 0)
               for (int64_t j = 0; j < floats; ++j) dw[j] = sum[j] + dw[j];
             if (section + 1 == sections)
@@ -470,22 +500,27 @@ void run_large(const WeightGradientProblem& a, const Tiles& tiles, const Axis& r
 void differentiate(const WeightGradientProblem& a) {
   const auto& k = kernels().conv2d;
   const Panels panels{a.outs, k.tile_k, k.lanes};
-  const Tiles tiles(a.images, a.rows.outputs, a.columns.outputs);
   const Axis rows(a.rows), columns(a.columns);
+  const Tiles tiles(a.images, rows, columns);
   if (a.source.channels * a.outs <= kSmallGradients)
     run_small(a, tiles, rows, columns, panels);
   else
     run_large(a, tiles, rows, columns, panels);
 }
 
+// Points at which an axis of outputs is evaluated, in all its grids.
+double axis_points(int64_t outputs, int64_t taps, int64_t dilation) {
+  return static_cast<double>(Cut(ceil_divide(outputs, dilation), taps).points()) * std::min(dilation, outputs);
+}
+
 const char* supports_outputs(const Conv2dProblem& a, int64_t rows, int64_t columns) {
   if (strict_precision()) return "strict precision";
-  if (a.r != 3 || a.s != 3) return "the kernel is not 3x3";
+  if (a.r != a.s || (a.r != 3 && a.r != 5)) return "the kernel is neither 3x3 nor 5x5";
   if (a.stride_h != 1 || a.stride_w != 1) return "the stride is not 1";
-  if (a.dilation_h != 1 || a.dilation_w != 1) return "the kernel is dilated";
   if (a.cg() < 16 || a.kg() < 16) return "too few channels to repay the transforms";
-  // Against 9 multiplications an output.
-  if (Cut(rows).points() * Cut(columns).points() > 5 * rows * columns) return "the image is too small for tiles";
+  // Against 9 or 25 multiplications an output.
+  const double points = axis_points(rows, a.r, a.dilation_h) * axis_points(columns, a.s, a.dilation_w);
+  if (points > 5.0 / 9 * a.r * a.s * rows * columns) return "the image is too small for tiles";
   return direct::supports(a);
 }
 
@@ -506,8 +541,8 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
 
 void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) {
   const ThreadLimit limit(threads_worth(a));
-  convolve(direct::backward_problem(a, args, backward_axes(a.h, 3, 1, a.pad_top, 1)[0],
-                                    backward_axes(a.w, 3, 1, a.pad_left, 1)[0]));
+  convolve(direct::backward_problem(a, args, backward_axes(a.h, a.r, 1, a.pad_top, a.dilation_h)[0],
+                                    backward_axes(a.w, a.s, 1, a.pad_left, a.dilation_w)[0]));
 }
 
 void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args) {

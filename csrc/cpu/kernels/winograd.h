@@ -1,8 +1,9 @@
-// The transforms of Winograd's minimal filtering F(4x4, 3x3) and F(3x3, 3x3). The products between them are those of
-// the direct engine (DirectTile, WeightTile) with one tap.
+// The transforms of Winograd's minimal filtering F(4x4, 3x3), F(3x3, 3x3) and F(2x2, 5x5). The products between them
+// are those of the direct engine (DirectTile, WeightTile) with one tap.
 //
-// A tile of 4 (or 3) outputs an axis is evaluated at six (five) points; a position is a pair of points, row * 6 +
-// column. A 3-tile leaves out point 4. `position` is the distance in floats between neighbouring positions of an array.
+// A tile of 4 (or 3) outputs an axis, or of 2 under a kernel of five taps, is evaluated at six (five) points; a
+// position is a pair of points, row * 6 + column. A 3-tile leaves out point 4. `position` is the distance in floats
+// between neighbouring positions of an array.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,7 @@ namespace fastconv::cpu {
 constexpr int64_t kPoints = 6;
 constexpr int64_t kPositions = kPoints * kPoints;
 
-// The extent of one tile: outputs an axis as transformed (4 or 3).
+// The extent of one tile: outputs an axis as transformed (4, 3 or 2).
 struct WinogradTile {
   int64_t rows, columns;
 };
@@ -21,7 +22,7 @@ struct WinogradTile {
 struct WinogradInput {
   WinogradTile tile;
   const float* x;                // first pixel of the window, which may lie outside the image
-  int64_t row, pixel;            // strides of x
+  int64_t row, pixel;            // strides of x, from one row (column) of the window to the next
   uint32_t rows_in, columns_in;  // bit i: row (column) i of the window lies inside the image
   int64_t next;                  // from this window to the one wanted next, for prefetching
   int64_t channels;
@@ -60,10 +61,11 @@ struct WinogradKernels {
   void (*input)(const WinogradInput&);
   void (*gradient)(const WinogradGradient&);
   void (*output)(const WinogradOutput&);
-  // u[position][i] = the 3x3 kernel w[tap][i], tap = row * 3 + column; for i < floats, a multiple of the lanes
-  void (*weights)(const float* w, int64_t tap, int64_t floats, float* u, int64_t position);
-  // dw[tap][i] = the 3x3 gradient of m[position][i]
-  void (*weight_gradient)(const float* m, int64_t position, int64_t floats, float* dw, int64_t tap);
+  // Of kernels of 3x3 and of 5x5 taps, tap = row * 3 (5) + column; for i < floats, a multiple of the lanes:
+  // u[position][i] = the kernel w[tap][i]
+  void (*weights[2])(const float* w, int64_t tap, int64_t floats, float* u, int64_t position);
+  // dw[tap][i] = the gradient of m[position][i]
+  void (*weight_gradient[2])(const float* m, int64_t position, int64_t floats, float* dw, int64_t tap);
 };
 
 }  // namespace fastconv::cpu

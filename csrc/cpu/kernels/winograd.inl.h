@@ -8,6 +8,7 @@
 // Tiles of 3 outputs use the points without -b. Their B' is scaled by p + b, the factor of N_p that is then missing, so
 // that they share the transformed weights of the 4-tiles; row p of it is (p + b) times the product over q of (x - q).
 // The weight gradient is the same bilinear form with dy in the place of g; 1/N_p then stands in the inverse.
+// F(2, 5) has the same points and windows, so only what belongs to outputs (2) and taps (5) differs from F(4, 3).
 #pragma once
 
 #include "cpu/kernels/winograd.h"
@@ -24,11 +25,11 @@ inline Vec constant(double a) { return set1(static_cast<float>(a)); }
 inline Vec scaled(double a, Vec b) { return constant(a) * b; }
 inline Vec scaled_add(double a, Vec b, Vec c) { return fma(constant(a), b, c); }
 
-template <int TILE> constexpr int kTilePoints = TILE + 2;
+template <int TILE> constexpr int kTilePoints = TILE == 3 ? 5 : 6;
 // Where the i-th point of a tile stands among the six.
-template <int TILE> constexpr int point(int i) { return TILE == 4 || i < 4 ? i : 5; }
+template <int TILE> constexpr int point(int i) { return TILE != 3 || i < 4 ? i : 5; }
 
-// B': the TILE + 2 pixels d[0], d[step], ... at the points.
+// B': the pixels d[0], d[step], ... of a window at its points; the windows of tiles of 2 are those of 4.
 template <int TILE> inline __attribute__((always_inline)) void input_points(const Vec* d, int step, Vec* o) {
   const Vec d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step];
   if constexpr (TILE == 4) {
@@ -59,6 +60,10 @@ template <int TILE> inline __attribute__((always_inline)) void output_pixels(con
     y[1] = scaled_add(kB, difference_b, scaled(kA, difference));
     y[2] = scaled_add(kB2, sum_b, scaled(kA2, sum));
     y[3] = scaled_add(kB * kB2, difference_b, scaled_add(kA * kA2, difference, m[5 * step]));
+  } else if constexpr (TILE == 2) {
+    const Vec m3 = m[3 * step], m4 = m[4 * step];
+    y[0] = m[0] + sum + (m3 + m4);
+    y[1] = scaled_add(kB, m3 - m4, scaled_add(kA, difference, m[5 * step]));
   } else {
     const Vec m3 = m[3 * step];
     y[0] = m[0] + sum + m3;
@@ -69,9 +74,16 @@ template <int TILE> inline __attribute__((always_inline)) void output_pixels(con
 
 // TILE pixels of dy as polynomials at the points, without 1/N_p.
 template <int TILE> inline __attribute__((always_inline)) void gradient_points(const Vec* g, int step, Vec* o) {
-  const Vec g0 = g[0], g1 = g[step], g2 = g[2 * step];
-  if constexpr (TILE == 4) {
-    const Vec g3 = g[3 * step];
+  const Vec g0 = g[0], g1 = g[step];
+  if constexpr (TILE == 2) {
+    o[0] = g0;
+    o[1] = scaled_add(kA, g1, g0);
+    o[2] = scaled_add(-kA, g1, g0);
+    o[3] = scaled_add(kB, g1, g0);
+    o[4] = scaled_add(-kB, g1, g0);
+    o[5] = g1;
+  } else if constexpr (TILE == 4) {
+    const Vec g2 = g[2 * step], g3 = g[3 * step];
     const Vec e = scaled_add(kA2, g2, g0), f = scaled_add(kA2, g3, g1);
     const Vec even = scaled_add(kB2, g2, g0), odd = scaled_add(kB2, g3, g1);
     o[0] = g0;
@@ -81,7 +93,7 @@ template <int TILE> inline __attribute__((always_inline)) void gradient_points(c
     o[4] = scaled_add(-kB, odd, even);
     o[5] = g3;
   } else {
-    const Vec e = scaled_add(kA2, g2, g0);
+    const Vec g2 = g[2 * step], e = scaled_add(kA2, g2, g0);
     o[0] = g0;
     o[1] = scaled_add(kA, g1, e);
     o[2] = scaled_add(-kA, g1, e);
@@ -90,26 +102,37 @@ template <int TILE> inline __attribute__((always_inline)) void gradient_points(c
   }
 }
 
-// G: three weights at the six points.
-inline __attribute__((always_inline)) void weight_points(const Vec* g, int step, Vec* o) {
+// G: TAPS weights at the six points.
+template <int TAPS> inline __attribute__((always_inline)) void weight_points(const Vec* g, int step, Vec* o) {
   const Vec g0 = g[0], g1 = g[step], g2 = g[2 * step];
-  const Vec e = scaled_add(kA2 * kNormA, g2, scaled(kNormA, g0)), f = scaled(kA * kNormA, g1);
-  const Vec even = scaled_add(kB2 * kNormB, g2, scaled(kNormB, g0)), odd = scaled(kB * kNormB, g1);
+  Vec e = scaled_add(kA2 * kNormA, g2, scaled(kNormA, g0)), f = scaled(kA * kNormA, g1);
+  Vec even = scaled_add(kB2 * kNormB, g2, scaled(kNormB, g0)), odd = scaled(kB * kNormB, g1);
+  if constexpr (TAPS == 5) {
+    const Vec g3 = g[3 * step], g4 = g[4 * step];
+    e = scaled_add(kA2 * kA2 * kNormA, g4, e), f = scaled_add(kA * kA2 * kNormA, g3, f);
+    even = scaled_add(kB2 * kB2 * kNormB, g4, even), odd = scaled_add(kB * kB2 * kNormB, g3, odd);
+  }
   o[0] = g0;
   o[1] = e + f;
   o[2] = e - f;
   o[3] = even + odd;
   o[4] = even - odd;
-  o[5] = g2;
+  o[5] = g[(TAPS - 1) * step];
 }
 
-// The six points to three weight gradients.
-inline __attribute__((always_inline)) void weight_gradients(const Vec* m, int step, Vec* dw) {
-  const Vec m1 = m[step], m2 = m[2 * step], m3 = m[3 * step], m4 = m[4 * step];
+// The six points to TAPS weight gradients.
+template <int TAPS> inline __attribute__((always_inline)) void weight_gradients(const Vec* m, int step, Vec* dw) {
+  const Vec m1 = m[step], m2 = m[2 * step], m3 = m[3 * step], m4 = m[4 * step], last = m[5 * step];
   const Vec sum = m1 + m2, difference = m1 - m2, sum_b = m3 + m4, difference_b = m3 - m4;
   dw[0] = scaled_add(kNormA, sum, scaled_add(kNormB, sum_b, m[0]));
   dw[1] = scaled_add(kA * kNormA, difference, scaled(kB * kNormB, difference_b));
-  dw[2] = scaled_add(kA2 * kNormA, sum, scaled_add(kB2 * kNormB, sum_b, m[5 * step]));
+  if constexpr (TAPS == 5) {
+    dw[2] = scaled_add(kA2 * kNormA, sum, scaled(kB2 * kNormB, sum_b));
+    dw[3] = scaled_add(kA * kA2 * kNormA, difference, scaled(kB * kB2 * kNormB, difference_b));
+    dw[4] = scaled_add(kA2 * kA2 * kNormA, sum, scaled_add(kB2 * kB2 * kNormB, sum_b, last));
+  } else {
+    dw[2] = scaled_add(kA2 * kNormA, sum, scaled_add(kB2 * kNormB, sum_b, last));
+  }
 }
 
 // One vector of channels of a window. Registers: the 36 values of the half-transformed window exceed every register
@@ -161,10 +184,10 @@ template <int ROWS, int COLUMNS> void winograd_input_tile(const WinogradInput& t
 }
 
 void winograd_input(const WinogradInput& t) {
-  if (t.tile.rows == 4)
-    t.tile.columns == 4 ? winograd_input_tile<4, 4>(t) : winograd_input_tile<4, 3>(t);
+  if (t.tile.rows != 3)
+    t.tile.columns != 3 ? winograd_input_tile<4, 4>(t) : winograd_input_tile<4, 3>(t);
   else
-    t.tile.columns == 4 ? winograd_input_tile<3, 4>(t) : winograd_input_tile<3, 3>(t);
+    t.tile.columns != 3 ? winograd_input_tile<3, 4>(t) : winograd_input_tile<3, 3>(t);
 }
 
 template <int ROWS, int COLUMNS, bool MASKED>
@@ -210,7 +233,9 @@ template <int ROWS, int COLUMNS> void winograd_gradient_tile(const WinogradGradi
 }
 
 void winograd_gradient(const WinogradGradient& t) {
-  if (t.tile.rows == 4)
+  if (t.tile.rows == 2)
+    winograd_gradient_tile<2, 2>(t);
+  else if (t.tile.rows == 4)
     t.tile.columns == 4 ? winograd_gradient_tile<4, 4>(t) : winograd_gradient_tile<4, 3>(t);
   else
     t.tile.columns == 4 ? winograd_gradient_tile<3, 4>(t) : winograd_gradient_tile<3, 3>(t);
@@ -267,58 +292,65 @@ template <int ROWS, int COLUMNS> void winograd_output_tile(const WinogradOutput&
 }
 
 void winograd_output(const WinogradOutput& t) {
-  if (t.tile.rows == 4)
+  if (t.tile.rows == 2)
+    winograd_output_tile<2, 2>(t);
+  else if (t.tile.rows == 4)
     t.tile.columns == 4 ? winograd_output_tile<4, 4>(t) : winograd_output_tile<4, 3>(t);
   else
     t.tile.columns == 4 ? winograd_output_tile<3, 4>(t) : winograd_output_tile<3, 3>(t);
 }
 
-void winograd_weights(const float* w, int64_t tap, int64_t floats, float* u, int64_t position) {
+template <int TAPS> void winograd_weights(const float* w, int64_t tap, int64_t floats, float* u, int64_t position) {
   for (int64_t k = 0; k < floats; k += kLanes) {
-    Vec taps[9], half[kPoints][3];
-#pragma GCC unroll 9
-    for (int i = 0; i < 9; ++i) taps[i] = load(w + i * tap + k);
-#pragma GCC unroll 3
-    for (int j = 0; j < 3; ++j) {
-      Vec points[kPoints];
-      weight_points(taps + j, 3, points);
+    Vec half[kPoints][TAPS];
+#pragma GCC unroll 5
+    for (int j = 0; j < TAPS; ++j) {
+      Vec taps[TAPS], points[kPoints];
+#pragma GCC unroll 5
+      for (int i = 0; i < TAPS; ++i) taps[i] = load(w + (i * TAPS + j) * tap + k);
+      weight_points<TAPS>(taps, 1, points);
 #pragma GCC unroll 6
       for (int i = 0; i < kPoints; ++i) half[i][j] = points[i];
     }
 #pragma GCC unroll 6
     for (int i = 0; i < kPoints; ++i) {
       Vec points[kPoints];
-      weight_points(half[i], 1, points);
+      weight_points<TAPS>(half[i], 1, points);
 #pragma GCC unroll 6
       for (int j = 0; j < kPoints; ++j) store(u + (i * kPoints + j) * position + k, points[j]);
     }
   }
 }
 
+template <int TAPS>
 void winograd_weight_gradient(const float* m, int64_t position, int64_t floats, float* dw, int64_t tap) {
   for (int64_t k = 0; k < floats; k += kLanes) {
-    Vec half[3][kPoints];
+    Vec half[TAPS][kPoints];
 #pragma GCC unroll 6
     for (int j = 0; j < kPoints; ++j) {
-      Vec points[kPoints], taps[3];
+      Vec points[kPoints], taps[TAPS];
 #pragma GCC unroll 6
       for (int i = 0; i < kPoints; ++i) points[i] = load(m + (i * kPoints + j) * position + k);
-      weight_gradients(points, 1, taps);
-#pragma GCC unroll 3
-      for (int i = 0; i < 3; ++i) half[i][j] = taps[i];
+      weight_gradients<TAPS>(points, 1, taps);
+#pragma GCC unroll 5
+      for (int i = 0; i < TAPS; ++i) half[i][j] = taps[i];
     }
-#pragma GCC unroll 3
-    for (int i = 0; i < 3; ++i) {
-      Vec taps[3];
-      weight_gradients(half[i], 1, taps);
-#pragma GCC unroll 3
-      for (int j = 0; j < 3; ++j) store(dw + (i * 3 + j) * tap + k, taps[j]);
+#pragma GCC unroll 5
+    for (int i = 0; i < TAPS; ++i) {
+      Vec taps[TAPS];
+      weight_gradients<TAPS>(half[i], 1, taps);
+#pragma GCC unroll 5
+      for (int j = 0; j < TAPS; ++j) store(dw + (i * TAPS + j) * tap + k, taps[j]);
     }
   }
 }
 
 constexpr WinogradKernels winograd_kernels() {
-  return {winograd_input, winograd_gradient, winograd_output, winograd_weights, winograd_weight_gradient};
+  return {winograd_input,
+          winograd_gradient,
+          winograd_output,
+          {winograd_weights<3>, winograd_weights<5>},
+          {winograd_weight_gradient<3>, winograd_weight_gradient<5>}};
 }
 
 }  // namespace
