@@ -27,7 +27,7 @@ py::array conv2d(const py::array& x_in, const py::array& w_in, const MaybeArray&
   const TensorView x_view = view(x_in, "input");
   const Conv2dProblem problem =
       make_conv2d(x_view.dtype, shape4(x_view, "input"), shape4(w, "weight"), stride, padding, dilation, groups);
-  check_float("input", problem.dtype);
+  if (problem.dtype != DType::kBFloat16) check_float("input", problem.dtype);
   problem.check("weight", w, problem.w_shape());
   const std::optional<Vector> b = dense_bias(bias, problem.dtype, problem.k);
   std::optional<ChannelsLast> dense_residual;
@@ -157,8 +157,9 @@ Gradients conv_transpose2d_backward(const py::array& dy_in, const py::array& x, 
 
 Conv2dProblem describe(const Shape& x, const Shape& w, Pair stride, const Padding& padding, Pair dilation,
                        int64_t groups, const std::string& dtype) {
-  FC_CHECK_TYPE(dtype == "float32" || dtype == "float64", "dtype must be 'float32' or 'float64', got '", dtype, "'");
-  return make_conv2d(dtype == "float32" ? DType::kFloat32 : DType::kFloat64, x, w, stride, padding, dilation, groups);
+  for (const DType type : {DType::kFloat32, DType::kFloat64, DType::kBFloat16})
+    if (dtype == name(type)) return make_conv2d(type, x, w, stride, padding, dilation, groups);
+  throw TypeError("dtype must be 'float32', 'float64' or 'bfloat16', got '" + dtype + "'");
 }
 
 // (dtype, x shape, w shape, stride, padding, dilation, groups): a problem as Python writes it down.

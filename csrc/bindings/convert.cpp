@@ -15,6 +15,7 @@ DType dtype_of_array(const py::array& array, const char* name) {
   if (native && type.kind() == 'f' && type.itemsize() == 8) return DType::kFloat64;
   if (native && type.kind() == 'i' && type.itemsize() == 8) return DType::kInt64;
   if (native && type.kind() == 'u' && type.itemsize() == 1) return DType::kUInt8;
+  if (type.kind() == 'V' && type.equal(numpy_dtype(DType::kBFloat16))) return DType::kBFloat16;
   throw TypeError(concat(name, " has dtype ", std::string(py::str(type)), ", which is not supported"));
 }
 
@@ -71,6 +72,11 @@ py::array new_array(DType dtype, const std::vector<int64_t>& shape, Layout layou
 }
 
 py::dtype numpy_dtype(DType dtype) {
+  if (dtype == DType::kBFloat16) {
+    py::list fields;
+    fields.append(py::make_tuple("bfloat16", "u2"));
+    return py::dtype::from_args(fields);
+  }
   const char* name = dtype == DType::kFloat32   ? "f4"
                      : dtype == DType::kFloat64 ? "f8"
                      : dtype == DType::kInt64   ? "i8"

@@ -15,7 +15,7 @@ namespace py = pybind11;
 enum class Layout { kChannelsLast, kNCHW };
 
 // The array as it is, any strides; TypeError for another dtype than float32, float64, int64, uint8 in native byte
-// order.
+// order, or bfloat16, which numpy has not: a structure of one field of that name, of two bytes.
 TensorView view(const py::array& array, const char* name);
 
 // The layout that a result computed from this 4-D array should have: dense NCHW arrays are answered in NCHW.

@@ -64,6 +64,15 @@ template <class F> auto with_list(Direction direction, F&& f) {
 
 int64_t elements(const Shape& s) { return s[0] * s[1] * s[2] * s[3]; }
 
+// bfloat16 has one implementation.
+void check_bfloat16(const Conv2dProblem& problem, bool activation_is_clamp) {
+  if (problem.dtype != DType::kBFloat16) return;
+  const char* reason = winograd::supports(problem);
+  FC_CHECK_TYPE(reason == nullptr, "bfloat16 is supported by conv2d with 3x3 and 5x5 kernels at stride 1; here ",
+                reason, ": use float32");
+  FC_CHECK_TYPE(activation_is_clamp, "with bfloat16, conv2d supports the activations None, 'relu' and 'relu6'");
+}
+
 }  // namespace
 
 void set_conv2d_algorithm(const std::string& name) {
@@ -83,6 +92,7 @@ void conv2d_forward(const Conv2dProblem& problem, const ForwardArguments& args) 
   ForwardArguments clamped = args;
   const bool is_clamp = args.activation == Activation::kNone || args.activation == Activation::kReLU ||
                         args.activation == Activation::kReLU6;
+  check_bfloat16(problem, is_clamp);
   if (!is_clamp) clamped.activation = Activation::kNone;
   choose(kForward, problem, Direction::kForward).run(problem, clamped);
   if (!is_clamp) apply_activation(args.activation, problem.dtype, args.y, elements(problem.y_shape()));

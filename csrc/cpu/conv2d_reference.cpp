@@ -109,7 +109,7 @@ template <class T> void backward_weight_as(const Conv2dProblem& a, const Backwar
 
 }  // namespace
 
-const char* supports(const Conv2dProblem&) { return nullptr; }
+const char* supports(const Conv2dProblem& a) { return a.dtype == DType::kBFloat16 ? "fp32 and fp64 only" : nullptr; }
 
 void forward(const Conv2dProblem& problem, const ForwardArguments& args) {
   dispatch_float(problem.dtype, [&](auto t) { forward_as<decltype(t)>(problem, args); });

@@ -149,6 +149,14 @@ uint32_t inside(int64_t begin, int64_t step, int64_t size) {
   return bits;
 }
 
+// The caller's arrays, in the type they are stored in; of a DirectProblem beside it only the rest is read.
+template <class T> struct Arrays {
+  const T* x;
+  const T* w;
+  const T* residual;  // or null
+  T* y;
+};
+
 // Where the array v (or d, or m) of some tiles stands.
 struct Block {
   float* data;
@@ -162,28 +170,30 @@ int64_t input_position(int64_t channels, int64_t tiles) {
 }
 
 // v of the tiles [mine), for all channels of a group.
-void transform_input(const SourceImage& source, const Axis& rows, const Axis& columns, const Tiles& tiles, Range mine,
-                     const Block& v) {
-  WinogradInput t{};
+template <class T>
+void transform_input(const T* x, const SourceImage& source, const Axis& rows, const Axis& columns, const Tiles& tiles,
+                     Range mine, const Block& v) {
+  WinogradInput<T> t{};
   t.row = rows.dilation * source.w * source.pixel, t.pixel = columns.dilation * source.pixel;
   t.channels = source.channels;
   t.block = v.size() * kBlock, t.position = v.position;
   for (int64_t i = mine.begin; i < mine.end; ++i) {
     const Tiles::Tile tile = tiles[i];
-    const int64_t y = tile.y + rows.first, x = tile.x + columns.first;
+    const int64_t row = tile.y + rows.first, column = tile.x + columns.first;
     t.tile = tile.size;
-    t.x = source.data + ((tile.n * source.h + y) * source.w + x) * source.pixel + source.first_channel;
-    t.rows_in = inside(y, rows.dilation, source.h), t.columns_in = inside(x, columns.dilation, source.w);
+    t.x = x + ((tile.n * source.h + row) * source.w + column) * source.pixel + source.first_channel;
+    t.rows_in = inside(row, rows.dilation, source.h), t.columns_in = inside(column, columns.dilation, source.w);
     const bool more = tile.columns > tile.size.columns;
-    t.next = more ? kPoints * t.pixel : tile.size.rows * t.row - x * source.pixel;
+    t.next = more ? kPoints * t.pixel : tile.size.rows * t.row - column * source.pixel;
     t.v = v.data + (i - v.tiles.begin) * kBlock;
-    kernels().winograd.input(t);
+    kernels().winograd.of<T>().input(t);
   }
 }
 
 // u of one panel: [position][channel][width].
-void transform_weights(const WeightView& w, const Axis& rows, const Axis& columns, const Panels& panels, int64_t g,
-                       int64_t panel, Range channels, float* u, int64_t position) {
+template <class T>
+void transform_weights(const T* weights, const WeightView& w, const Axis& rows, const Axis& columns,
+                       const Panels& panels, int64_t g, int64_t panel, Range channels, float* u, int64_t position) {
   const auto& k = kernels();
   // Whole cache lines side by side, for the memory's sake, while all taps stay in L2.
   constexpr int64_t kChannelsOf3 = 4 * kBlock, kChannelsOf5 = kBlock;
@@ -191,11 +201,11 @@ void transform_weights(const WeightView& w, const Axis& rows, const Axis& column
   const int64_t at_once = rows.taps == 3 ? kChannelsOf3 : kChannelsOf5;
   const int64_t width = panels.width(panel), tap = at_once * width;
   alignas(64) float taps[9 * kChannelsOf3 * 32];
-  const float* src = w.data + g * w.group + panel * panels.tile_k * w.out;
+  const T* src = weights + g * w.group + panel * panels.tile_k * w.out;
   for (int64_t c = channels.begin; c < channels.end; c += at_once) {
     const int64_t count = std::min(at_once, channels.end - c);
     for (int64_t i = 0; i < rows.taps * columns.taps; ++i)
-      k.conv2d.pack_weights(
+      k.winograd.of<T>().pack_weights(
           src + c * w.in + rows.index[i / columns.taps] * w.row + columns.index[i % columns.taps] * w.column, w.out,
           w.in, panels.channels(panel), count, width, taps + i * tap);
     k.winograd.weights[rows.taps == 5](taps, tap, count * width, u + c * width, position);
@@ -231,10 +241,11 @@ void multiply(const Tiles& tiles, Range mine, const Block& v, int64_t channels, 
 }
 
 // The outputs of the tiles [mine) for one panel of channels.
-void transform_output(const DirectProblem& d, const Axis& rows, const Axis& columns, const Tiles& tiles, Range mine,
-                      const Panels& panels, int64_t g, int64_t panel, const Block& m) {
+template <class T>
+void transform_output(const DirectProblem& d, const Arrays<T>& a, const Axis& rows, const Axis& columns,
+                      const Tiles& tiles, Range mine, const Panels& panels, int64_t g, int64_t panel, const Block& m) {
   const int64_t channel = g * d.outs + panel * panels.tile_k;
-  WinogradOutput t{};
+  WinogradOutput<T> t{};
   t.position = m.position;
   t.row = rows.dilation * d.y_w * d.y_pixel, t.pixel = columns.dilation * d.y_pixel;
   t.channels = panels.channels(panel);
@@ -246,10 +257,10 @@ void transform_output(const DirectProblem& d, const Axis& rows, const Axis& colu
     const int64_t at = ((tile.n * d.y_h + tile.y) * d.y_w + tile.x) * d.y_pixel + channel;
     t.tile = tile.size;
     t.m = m.data + (i - m.tiles.begin) * panels.width(panel);
-    t.y = d.y + at;
-    t.residual = d.epilogue.residual ? d.epilogue.residual + at : nullptr;
+    t.y = a.y + at;
+    t.residual = a.residual ? a.residual + at : nullptr;
     t.rows = tile.rows, t.columns = tile.columns;
-    kernels().winograd.output(t);
+    kernels().winograd.of<T>().output(t);
   }
 }
 
@@ -258,7 +269,8 @@ SourceImage group_source(SourceImage source, int64_t g) {
   return source;
 }
 
-void run_small(const DirectProblem& d, const Tiles& tiles, const Axis& rows, const Axis& columns,
+template <class T>
+void run_small(const DirectProblem& d, const Arrays<T>& a, const Tiles& tiles, const Axis& rows, const Axis& columns,
                const Panels& panels) {
   const int64_t channels = d.source.channels, u_position = channels * panels.tile_k + kSkew;
   const int64_t u_panel = kPositions * u_position;
@@ -286,18 +298,20 @@ void run_small(const DirectProblem& d, const Tiles& tiles, const Axis& rows, con
         float* const u = weights.as<float>() + thread * weight_floats;
         if (std::exchange(transformed[thread], g) != g)
           for (int64_t panel = 0; panel < panels.count(); ++panel)
-            transform_weights(d.w, rows, columns, panels, g, panel, {0, channels}, u + panel * u_panel, u_position);
+            transform_weights(a.w, d.w, rows, columns, panels, g, panel, {0, channels}, u + panel * u_panel,
+                              u_position);
         const Block v{own, mine, v_position}, m{own + kPositions * v_position, mine, m_position};
-        transform_input(group_source(d.source, g), rows, columns, tiles, mine, v);
+        transform_input(a.x, group_source(d.source, g), rows, columns, tiles, mine, v);
         for (int64_t panel = 0; panel < panels.count(); ++panel) {
           multiply(tiles, mine, v, channels, u + panel * u_panel, u_position, panels.width(panel), m);
-          transform_output(d, rows, columns, tiles, mine, panels, g, panel, m);
+          transform_output(d, a, rows, columns, tiles, mine, panels, g, panel, m);
         }
       },
       threads);
 }
 
-void run_large(const DirectProblem& d, const Tiles& tiles, const Axis& rows, const Axis& columns,
+template <class T>
+void run_large(const DirectProblem& d, const Arrays<T>& a, const Tiles& tiles, const Axis& rows, const Axis& columns,
                const Panels& panels) {
   const int64_t channels = d.source.channels, u_position = channels * panels.tile_k + kSkew;
   const int64_t fit = std::max(kSharedFloats / input_position(channels, 1) / kPositions, kLargeTiles);
@@ -313,7 +327,8 @@ void run_large(const DirectProblem& d, const Tiles& tiles, const Axis& rows, con
     const Block v{shared.as<float>(), all, v_position};
     const int64_t count = all.end - all.begin;
     parallel_ranges(count, 4, [&](int64_t begin, int64_t end) {
-      transform_input(group_source(d.source, g), rows, columns, tiles, {all.begin + begin, all.begin + end}, v);
+      const Range mine{all.begin + begin, all.begin + end};
+      transform_input(a.x, group_source(d.source, g), rows, columns, tiles, mine, v);
     });
 
     const int64_t parts = std::clamp<int64_t>(ceil_divide(threads, panels.count()), 1, ceil_divide(count, kLargeTiles));
@@ -323,21 +338,21 @@ void run_large(const DirectProblem& d, const Tiles& tiles, const Axis& rows, con
           const int64_t panel = i / parts;
           const Range part = split(count, parts, i % parts);
           float* const u = scratch.as<float>() + thread * scratch_floats;
-          transform_weights(d.w, rows, columns, panels, g, panel, {0, channels}, u, u_position);
+          transform_weights(a.w, d.w, rows, columns, panels, g, panel, {0, channels}, u, u_position);
           const int64_t groups = ceil_divide(part.end - part.begin, kLargeTiles);
           for (int64_t j = 0; j < groups; ++j) {
             const Range few = split(part.end - part.begin, groups, j);
             const Range mine{all.begin + part.begin + few.begin, all.begin + part.begin + few.end};
             const Block m{u + kPositions * u_position, mine, m_position};
             multiply(tiles, mine, v, channels, u, u_position, panels.width(panel), m);
-            transform_output(d, rows, columns, tiles, mine, panels, g, panel, m);
+            transform_output(d, a, rows, columns, tiles, mine, panels, g, panel, m);
           }
         },
         threads);
   }
 }
 
-void convolve(DirectProblem d) {
+template <class T> void convolve(DirectProblem d, const Arrays<T>& a) {
   const auto& k = kernels().conv2d;
   const Panels panels{d.outs, k.tile_k, k.lanes};
   const Axis rows(d.rows), columns(d.columns);
@@ -345,9 +360,9 @@ void convolve(DirectProblem d) {
   // The next layer reads y at once: it goes around the caches only where it would not stay in them.
   d.streaming = worth_streaming(d.images * d.y_h * d.y_w, d.y_pixel, kStreamedFloats) && d.outs % k.lanes == 0;
   if (d.source.channels * d.outs <= kSmallWeights)
-    run_small(d, tiles, rows, columns, panels);
+    run_small(d, a, tiles, rows, columns, panels);
   else
-    run_large(d, tiles, rows, columns, panels);
+    run_large(d, a, tiles, rows, columns, panels);
 }
 
 // d of the tiles [mine), for the channels of a group.
@@ -427,7 +442,7 @@ void run_small(const WeightGradientProblem& a, const Tiles& tiles, const Axis& r
           const Range few = split(all.end - all.begin, steps, j);
           const Range mine{all.begin + few.begin, all.begin + few.end};
           const Block v{own, mine, v_position}, d{own + kPositions * v_position, mine, d_position};
-          transform_input(group_source(a.source, g), rows, columns, tiles, mine, v);
+          transform_input(a.source.data, group_source(a.source, g), rows, columns, tiles, mine, v);
           transform_gradient(a, rows, columns, tiles, mine, panels, g, d);
           for (int64_t panel = 0; panel < panels.count(); ++panel)
             add_products(tiles, v, d, {0, blocks}, channels, panels, panel, m + panel * m_panel, m_position);
@@ -469,7 +484,7 @@ void run_large(const WeightGradientProblem& a, const Tiles& tiles, const Axis& r
       const Block d{shared.as<float>() + kPositions * v_position, all, d_position};
       parallel_ranges(all.end - all.begin, 4, [&](int64_t begin, int64_t end) {
         const Range mine{all.begin + begin, all.begin + end};
-        transform_input(group_source(a.source, g), rows, columns, tiles, mine, v);
+        transform_input(a.source.data, group_source(a.source, g), rows, columns, tiles, mine, v);
         transform_gradient(a, rows, columns, tiles, mine, panels, g, d);
       });
       parallel_for(
@@ -517,6 +532,7 @@ const char* supports_outputs(const Conv2dProblem& a, int64_t rows, int64_t colum
   if (strict_precision()) return "strict precision";
   if (a.r != a.s || (a.r != 3 && a.r != 5)) return "the kernel is neither 3x3 nor 5x5";
   if (a.stride_h != 1 || a.stride_w != 1) return "the stride is not 1";
+  if (a.dtype == DType::kBFloat16) return a.empty() ? "there are no channels" : nullptr;  // nothing else takes it
   if (a.cg() < 16 || a.kg() < 16) return "too few channels to repay the transforms";
   // Against 9 or 25 multiplications an output.
   const double points = axis_points(rows, a.r, a.dilation_h) * axis_points(columns, a.s, a.dilation_w);
@@ -527,7 +543,19 @@ const char* supports_outputs(const Conv2dProblem& a, int64_t rows, int64_t colum
 // A thread for each million: 16 -> 16 channels at 32 x 32 (2.4 million) take 31 us on one core of Zen 4, 23 on two.
 constexpr int64_t kThreadMultiplyAdds = int64_t{1} << 20;
 
-int64_t threads_worth(const Conv2dProblem& a) { return a.n * a.p * a.q * a.k * a.cg() * kTaps / kThreadMultiplyAdds; }
+int64_t threads_worth(const Conv2dProblem& a) { return a.n * a.p * a.q * a.k * a.cg() * a.r * a.s / kThreadMultiplyAdds; }
+
+template <class T> void forward_as(const Conv2dProblem& a, const ForwardArguments& args) {
+  DirectProblem d = direct::forward_problem(a, args);
+  Buffer bias;
+  if (args.bias && a.dtype == DType::kBFloat16) {
+    bias = Buffer(a.k * sizeof(float));
+    for (int64_t i = 0; i < a.k; ++i) bias.as<float>()[i] = to_float(static_cast<const T*>(args.bias)[i]);
+    d.epilogue.bias = bias.as<float>();
+  }
+  convolve<T>(d, {static_cast<const T*>(args.x), args.w.as<T>(), static_cast<const T*>(args.residual),
+                  static_cast<T*>(args.y)});
+}
 
 }  // namespace
 
@@ -536,13 +564,14 @@ const char* supports_backward_input(const Conv2dProblem& a) { return supports_ou
 
 void forward(const Conv2dProblem& a, const ForwardArguments& args) {
   const ThreadLimit limit(threads_worth(a));
-  convolve(direct::forward_problem(a, args));
+  a.dtype == DType::kBFloat16 ? forward_as<BFloat16>(a, args) : forward_as<float>(a, args);
 }
 
 void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) {
   const ThreadLimit limit(threads_worth(a));
-  convolve(direct::backward_problem(a, args, backward_axes(a.h, a.r, 1, a.pad_top, a.dilation_h)[0],
-                                    backward_axes(a.w, a.s, 1, a.pad_left, a.dilation_w)[0]));
+  const DirectProblem d = direct::backward_problem(a, args, backward_axes(a.h, a.r, 1, a.pad_top, a.dilation_h)[0],
+                                                   backward_axes(a.w, a.s, 1, a.pad_left, a.dilation_w)[0]);
+  convolve<float>(d, {d.source.data, d.w.data, nullptr, d.y});
 }
 
 void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args) {

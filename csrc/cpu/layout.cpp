@@ -66,6 +66,7 @@ void transpose_images(const TensorView& src, const TensorView& dst) {
 void copy_strided(const TensorView& src, const TensorView& dst) {
   const bool transposes = (is_planar(src) && is_interleaved(dst)) || (is_interleaved(src) && is_planar(dst));
   switch (itemsize(src.dtype)) {
+    case 2: return copy_as<uint16_t>(src, dst);
     case 4: return transposes ? transpose_images(src, dst) : copy_as<uint32_t>(src, dst);
     case 8: return copy_as<uint64_t>(src, dst);
     default: return copy_as<uint8_t>(src, dst);

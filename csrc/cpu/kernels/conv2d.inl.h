@@ -126,7 +126,8 @@ void pack_pixels(const float* src, int64_t src_step, int64_t pixels, int64_t cha
   }
 }
 
-void pack_slice(const float* src, int64_t src_step, int64_t pixels, int64_t valid, int64_t width, float* dst) {
+template <class T>
+void pack_slice(const T* src, int64_t src_step, int64_t pixels, int64_t valid, int64_t width, float* dst) {
   for (int64_t p = 0; p < pixels; ++p, src += src_step, dst += width)
     for (int64_t i = 0; i < width; i += kLanes) {
       const int64_t n = valid - i;
@@ -147,7 +148,8 @@ void zero_pixels(float* dst, int64_t step, int64_t pixels, int64_t channels, boo
 
 // Rows of the weights are often a multiple of 4 KiB apart, so a loop that takes one element of each in turn would miss
 // L1 every time; squares read each cache line once.
-void pack_weights(const float* src, int64_t out_step, int64_t in_step, int64_t outs, int64_t ins, int64_t width,
+template <class T>
+void pack_weights(const T* src, int64_t out_step, int64_t in_step, int64_t outs, int64_t ins, int64_t width,
                   float* dst) {
   if (out_step == 1) {
     for (int64_t i = 0; i < ins; ++i) {
@@ -160,7 +162,7 @@ void pack_weights(const float* src, int64_t out_step, int64_t in_step, int64_t o
         transpose_square<Stores::kPlain>(src + o * out_step + i, out_step, dst + i * width + o, width);
       }))
     for (int64_t o = 0; o < outs; ++o)
-      for (int64_t i = 0; i < ins; ++i) dst[i * width + o] = src[o * out_step + i * in_step];
+      for (int64_t i = 0; i < ins; ++i) dst[i * width + o] = to_float(src[o * out_step + i * in_step]);
   for (int64_t i = 0; i < ins; ++i)
     for (int64_t o = outs; o < width; ++o) dst[i * width + o] = 0.0f;
 }

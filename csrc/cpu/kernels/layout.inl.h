@@ -8,9 +8,10 @@ namespace {
 
 enum class Stores { kPlain, kStreaming };
 
-// dst[i * dst_step + j] = src[j * src_step + i] for a square of kLanes: rows i and i + L/2 are zipped, log2(L) times.
-template <Stores STORES>
-inline __attribute__((always_inline)) void transpose_square(const float* src, int64_t src_step, float* dst,
+// dst[i * dst_step + j] = src[j * src_step + i] for a square of kLanes, widened to float: rows i and i + L/2 are
+// zipped, log2(L) times.
+template <Stores STORES, class T>
+inline __attribute__((always_inline)) void transpose_square(const T* src, int64_t src_step, float* dst,
                                                             int64_t dst_step) {
   typedef int Index __attribute__((vector_size(sizeof(Vec))));
   Index low, high;

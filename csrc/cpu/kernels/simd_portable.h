@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/bfloat16.h"
+
 #define FC_ISA_NAME "portable"
 
 namespace fastconv::cpu {
@@ -37,6 +39,21 @@ inline void store_first(float* p, Vec a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = a[i];
 }
 inline void stream(float* p, Vec a) { store(p, a); }
+// bfloat16: widened by a shift, rounded to nearest, ties to even; a NaN stays one.
+inline Vec load_first(const BFloat16* p, int64_t n) {
+  Vec a = zero();
+  for (int64_t i = 0; i < n; ++i) a[i] = to_float(p[i]);
+  return a;
+}
+inline Vec load(const BFloat16* p) { return load_first(p, kLanes); }
+inline Vec load_if(bool inside, const BFloat16* p, Mask lanes) { return load_first(p, inside ? lanes : 0); }
+inline void store_first(BFloat16* p, Vec a, int64_t n) {
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  const Bits bits = reinterpret_cast<Bits>(a), rounded = bits + 0x7fff + (bits >> 16 & 1);
+  const Bits kept = (bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded;
+  for (int64_t i = 0; i < n; ++i) p[i].bits = static_cast<uint16_t>(kept[i] >> 16);
+}
+inline void store(BFloat16* p, Vec a) { store_first(p, a, kLanes); }
 inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 // A comparison with NaN is false, so NaN passes through a clamp.
@@ -49,8 +66,8 @@ typedef uint64_t Words __attribute__((vector_size(16)));
 inline Words multiply_words(Words a, Words b) { return (a & 0xffffffff) * (b & 0xffffffff); }
 inline void keep(Vec&) {}  // a hint that this compiler has no portable form for
 // Always inlined: GCC takes a function that only prefetches for one without effect and drops its calls.
-inline __attribute__((always_inline)) void prefetch(const float* p) { __builtin_prefetch(p, 0, 3); }
-inline __attribute__((always_inline)) void prefetch_l2(const float* p) { __builtin_prefetch(p, 0, 2); }
+inline __attribute__((always_inline)) void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline __attribute__((always_inline)) void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace
 }  // namespace fastconv::cpu

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "core/bfloat16.h"
+
 namespace fastconv::cpu {
 
 constexpr int64_t kPoints = 6;
@@ -18,10 +20,11 @@ struct WinogradTile {
   int64_t rows, columns;
 };
 
-// v[position][block][kBlock] = the window of x under one tile; zeros beyond the image and beyond `channels`.
-struct WinogradInput {
+// v[position][block][kBlock] = the window of x under one tile; zeros beyond the image and beyond `channels`. T: the
+// type that x is stored in.
+template <class T> struct WinogradInput {
   WinogradTile tile;
-  const float* x;                // first pixel of the window, which may lie outside the image
+  const T* x;                    // first pixel of the window, which may lie outside the image
   int64_t row, pixel;            // strides of x, from one row (column) of the window to the next
   uint32_t rows_in, columns_in;  // bit i: row (column) i of the window lies inside the image
   int64_t next;                  // from this window to the one wanted next, for prefetching
@@ -43,29 +46,45 @@ struct WinogradGradient {
 };
 
 // y = clamp(the tile of m[position][width] + bias + residual).
-struct WinogradOutput {
+template <class T> struct WinogradOutput {
   WinogradTile tile;
   const float* m;
   int64_t position;
-  float* y;
-  const float* residual;  // the same place, or null
+  T* y;
+  const T* residual;      // the same place, or null
   const float* bias;      // or null
   int64_t row, pixel;     // strides of y and residual
   int64_t rows, columns;  // to store
   int64_t channels;
   float low, high;
-  bool streaming;  // non-temporal stores; y and pixel aligned to a vector
+  bool streaming;  // non-temporal stores; y and pixel aligned to a vector; of float only
+};
+
+// The kernels that read or write arrays of the caller, for the type T that those are stored in.
+template <class T> struct WinogradTransforms {
+  void (*input)(const WinogradInput<T>&);
+  void (*output)(const WinogradOutput<T>&);
+  // As Conv2dKernels::pack_weights.
+  void (*pack_weights)(const T* src, int64_t out_step, int64_t in_step, int64_t outs, int64_t ins, int64_t width,
+                       float* dst);
 };
 
 struct WinogradKernels {
-  void (*input)(const WinogradInput&);
+  WinogradTransforms<float> f32;
+  WinogradTransforms<BFloat16> bf16;
   void (*gradient)(const WinogradGradient&);
-  void (*output)(const WinogradOutput&);
   // Of kernels of 3x3 and of 5x5 taps, tap = row * 3 (5) + column; for i < floats, a multiple of the lanes:
   // u[position][i] = the kernel w[tap][i]
   void (*weights[2])(const float* w, int64_t tap, int64_t floats, float* u, int64_t position);
   // dw[tap][i] = the gradient of m[position][i]
   void (*weight_gradient[2])(const float* m, int64_t position, int64_t floats, float* dw, int64_t tap);
+
+  template <class T> const WinogradTransforms<T>& of() const {
+    if constexpr (sizeof(T) == sizeof(float))
+      return f32;
+    else
+      return bf16;
+  }
 };
 
 }  // namespace fastconv::cpu

@@ -11,6 +11,7 @@
 // F(2, 5) has the same points and windows, so only what belongs to outputs (2) and taps (5) differs from F(4, 3).
 #pragma once
 
+#include "cpu/kernels/conv2d.inl.h"
 #include "cpu/kernels/winograd.h"
 
 namespace fastconv::cpu {
@@ -137,8 +138,8 @@ template <int TAPS> inline __attribute__((always_inline)) void weight_gradients(
 
 // One vector of channels of a window. Registers: the 36 values of the half-transformed window exceed every register
 // file; those few that spill stay in L1. Bound: 144 multiply-adds, 36 loads and 36 stores of full cache lines.
-template <int ROWS, int COLUMNS, bool MASKED>
-inline __attribute__((always_inline)) void input_vector(const WinogradInput& t, const float* x, Mask lanes, float* v) {
+template <int ROWS, int COLUMNS, bool MASKED, class T>
+inline __attribute__((always_inline)) void input_vector(const WinogradInput<T>& t, const T* x, Mask lanes, float* v) {
   constexpr int kRows = kTilePoints<ROWS>, kColumns = kTilePoints<COLUMNS>;
   Vec half[kRows][kColumns];
 #pragma GCC unroll 6
@@ -146,7 +147,7 @@ inline __attribute__((always_inline)) void input_vector(const WinogradInput& t, 
     Vec pixels[kRows], points[kRows];
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i) {
-      const float* at = x + i * t.row + j * t.pixel;
+      const T* at = x + i * t.row + j * t.pixel;
       pixels[i] = MASKED ? load_if((t.rows_in >> i & t.columns_in >> j & 1) != 0, at, lanes) : load(at);
     }
     input_points<ROWS>(pixels, 1, points);
@@ -163,7 +164,7 @@ inline __attribute__((always_inline)) void input_vector(const WinogradInput& t, 
   }
 }
 
-template <int ROWS, int COLUMNS> void winograd_input_tile(const WinogradInput& t) {
+template <int ROWS, int COLUMNS, class T> void winograd_input_tile(const WinogradInput<T>& t) {
   constexpr uint32_t kAllRows = (1u << kTilePoints<ROWS>)-1, kAllColumns = (1u << kTilePoints<COLUMNS>)-1;
   const bool inside = (t.rows_in & kAllRows) == kAllRows && (t.columns_in & kAllColumns) == kAllColumns;
   for (int64_t c = 0; c < t.channels; c += kBlock) {
@@ -183,7 +184,7 @@ template <int ROWS, int COLUMNS> void winograd_input_tile(const WinogradInput& t
   }
 }
 
-void winograd_input(const WinogradInput& t) {
+template <class T> void winograd_input(const WinogradInput<T>& t) {
   if (t.tile.rows != 3)
     t.tile.columns != 3 ? winograd_input_tile<4, 4>(t) : winograd_input_tile<4, 3>(t);
   else
@@ -241,9 +242,13 @@ void winograd_gradient(const WinogradGradient& t) {
     t.tile.columns == 4 ? winograd_gradient_tile<3, 4>(t) : winograd_gradient_tile<3, 3>(t);
 }
 
+inline void store_output(float* y, Vec a, bool streaming) { streaming ? stream(y, a) : store(y, a); }
+// A vector of bfloat16 is half a cache line: around the caches it would cost more.
+inline void store_output(BFloat16* y, Vec a, bool) { store(y, a); }
+
 // One vector of channels of a tile. WHOLE: all outputs are stored, as full vectors, with no residual.
-template <int ROWS, int COLUMNS, bool WHOLE>
-inline __attribute__((always_inline)) void output_vector(const WinogradOutput& t, int64_t c) {
+template <int ROWS, int COLUMNS, bool WHOLE, class T>
+inline __attribute__((always_inline)) void output_vector(const WinogradOutput<T>& t, int64_t c) {
   constexpr int kRows = kTilePoints<ROWS>, kColumns = kTilePoints<COLUMNS>;
   Vec half[ROWS][kColumns];
 #pragma GCC unroll 6
@@ -274,15 +279,13 @@ inline __attribute__((always_inline)) void output_vector(const WinogradOutput& t
       sum = clamp(sum, low, high);
       if (!WHOLE && !full)
         store_first(t.y + at, sum, n);
-      else if (!WHOLE && t.streaming)
-        stream(t.y + at, sum);
       else
-        store(t.y + at, sum);
+        store_output(t.y + at, sum, !WHOLE && t.streaming);
     }
   }
 }
 
-template <int ROWS, int COLUMNS> void winograd_output_tile(const WinogradOutput& t) {
+template <int ROWS, int COLUMNS, class T> void winograd_output_tile(const WinogradOutput<T>& t) {
   const bool whole = t.rows >= ROWS && t.columns >= COLUMNS && !t.residual && !t.streaming;
   for (int64_t c = 0; c < t.channels; c += kLanes)
     if (whole && t.channels - c >= kLanes)
@@ -291,7 +294,7 @@ template <int ROWS, int COLUMNS> void winograd_output_tile(const WinogradOutput&
       output_vector<ROWS, COLUMNS, false>(t, c);
 }
 
-void winograd_output(const WinogradOutput& t) {
+template <class T> void winograd_output(const WinogradOutput<T>& t) {
   if (t.tile.rows == 2)
     winograd_output_tile<2, 2>(t);
   else if (t.tile.rows == 4)
@@ -346,9 +349,9 @@ void winograd_weight_gradient(const float* m, int64_t position, int64_t floats, 
 }
 
 constexpr WinogradKernels winograd_kernels() {
-  return {winograd_input,
+  return {{winograd_input<float>, winograd_output<float>, pack_weights<float>},
+          {winograd_input<BFloat16>, winograd_output<BFloat16>, pack_weights<BFloat16>},
           winograd_gradient,
-          winograd_output,
           {winograd_weights<3>, winograd_weights<5>},
           {winograd_weight_gradient<3>, winograd_weight_gradient<5>}};
 }

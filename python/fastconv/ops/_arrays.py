@@ -16,17 +16,34 @@ import numpy as np
 
 Array = Any  # numpy.ndarray, torch.Tensor, or any object with __dlpack__
 
+# numpy has no bfloat16: its bits under a name that the kernels know.
+BFLOAT16 = np.dtype([("bfloat16", np.uint16)])
+
 
 def to_numpy(x: Array, name: str) -> np.ndarray:
     """A numpy array that shares memory with `x` if its bytes are fit for the kernels, else a copy.
 
-    TypeError for anything that is neither a numpy array nor an exporter of DLPack on the CPU.
+    TypeError for anything that is neither a numpy array nor an exporter of DLPack on the CPU, and
+    for bfloat16.
     """
+    array = to_stored(x, name)
+    if array.dtype == BFLOAT16:
+        raise TypeError(
+            f"{name} is bfloat16, which is supported by the forward pass of conv2d alone "
+            "(3x3 and 5x5 kernels at stride 1): use float32"
+        )
+    return array
+
+
+def to_stored(x: Array, name: str) -> np.ndarray:
+    """As :func:`to_numpy`; bfloat16, of torch or of the package ml_dtypes, becomes BFLOAT16."""
     if not isinstance(x, np.ndarray):
         x = _from_dlpack(x, name)
+    if x.dtype.name == "bfloat16":
+        x = x.view(BFLOAT16)
     if x.dtype.isnative and x.flags.aligned:
         return x
-    if x.dtype.kind not in "fiu":
+    if x.dtype.kind not in "fiu" and x.dtype != BFLOAT16:
         raise TypeError(f"{name} must hold numbers, got dtype {x.dtype}")
     return x.astype(x.dtype.newbyteorder("="), order="K", copy=True)
 
@@ -48,6 +65,8 @@ def _from_dlpack(x: Array, name: str) -> np.ndarray:
     if int(device[0]) != 1:
         raise TypeError(f"{name} must be on the CPU, got DLPack device {tuple(map(int, device))}")
     try:
+        if str(getattr(x, "dtype", None)) == "torch.bfloat16":
+            return np.from_dlpack(x.view(sys.modules["torch"].int16)).view(BFLOAT16)
         return np.from_dlpack(x)
     except (BufferError, RuntimeError, TypeError) as error:
         raise TypeError(f"{name} cannot be read through DLPack: {error}") from error
@@ -56,10 +75,13 @@ def _from_dlpack(x: Array, name: str) -> np.ndarray:
 def like(y: np.ndarray, x: Array) -> Array:
     """`y` as the kind of array that `x` is, sharing memory."""
     if isinstance(x, np.ndarray):
-        return y
+        return y if y.dtype != BFLOAT16 else y.view(x.dtype)
     top = type(x).__module__.partition(".")[0]
     if top == "torch":
-        return sys.modules["torch"].from_dlpack(y)
+        torch = sys.modules["torch"]
+        if y.dtype == BFLOAT16:
+            return torch.from_dlpack(y.view(np.int16)).view(torch.bfloat16)
+        return torch.from_dlpack(y)
     namespace = x.__array_namespace__() if hasattr(x, "__array_namespace__") else None
     convert = getattr(namespace, "from_dlpack", None)
     if convert is None:

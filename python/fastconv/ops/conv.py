@@ -2,7 +2,9 @@
 
 Shapes: x (N, C, H, W), w (K, C/groups, R, S), y (N, K, P, Q). Dtype float32, or float64 through the
 reference implementation; all arrays of a call have the same one. Any strides; channels-last memory
-is the native layout and is answered in channels-last, dense NCHW in NCHW.
+is the native layout and is answered in channels-last, dense NCHW in NCHW. The forward pass of 3x3
+and 5x5 kernels at stride 1 takes bfloat16 too (torch.bfloat16, or arrays of the package ml_dtypes):
+sums are float32, and y is rounded once.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .. import _C
-from ._arrays import Array, integer, like, pair, to_numpy
+from ._arrays import Array, integer, like, pair, to_numpy, to_stored
 
 PaddingLike = Any  # int, (h, w), ((top, bottom), (left, right)), "same" or "valid"
 
@@ -70,10 +72,10 @@ def conv2d(
         TypeError: wrong or different dtypes, a parameter that is not an integer.
     """
     y = _C.conv2d(
-        to_numpy(x, "input"),
-        to_numpy(w, "weight"),
-        None if bias is None else to_numpy(bias, "bias"),
-        None if residual is None else to_numpy(residual, "residual"),
+        to_stored(x, "input"),
+        to_stored(w, "weight"),
+        None if bias is None else to_stored(bias, "bias"),
+        None if residual is None else to_stored(residual, "residual"),
         pair(stride, "stride"),
         padding_sides(padding),
         pair(dilation, "dilation"),
@@ -196,7 +198,7 @@ def explain(
         padding_sides(padding),
         pair(dilation, "dilation"),
         integer(groups, "groups"),
-        str(np.dtype(dtype)),
+        dtype if dtype == "bfloat16" else str(np.dtype(dtype)),
         direction,
     )
     return [(name, reason or None) for name, reason in rows]
