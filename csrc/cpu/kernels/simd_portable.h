@@ -41,9 +41,9 @@ inline void store_first(float* p, Vec a, int64_t n) {
 inline void stream(float* p, Vec a) { store(p, a); }
 // bfloat16: widened by a shift, rounded to nearest, ties to even; a NaN stays one.
 inline Vec load_first(const BFloat16* p, int64_t n) {
-  Vec a = zero();
+  float a[kLanes] = {};
   for (int64_t i = 0; i < n; ++i) a[i] = to_float(p[i]);
-  return a;
+  return load(a);
 }
 inline Vec load(const BFloat16* p) { return load_first(p, kLanes); }
 inline Vec load_if(bool inside, const BFloat16* p, Mask lanes) { return load_first(p, inside ? lanes : 0); }
