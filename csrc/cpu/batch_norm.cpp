@@ -2,16 +2,16 @@
 // order by Chan's formula in double, first within a chunk, then chunks (Chan, Golub and LeVeque, "Algorithms for
 // computing the sample variance", The American Statistician 37, 1983). Forward in training reads x twice and writes y
 // once; backward reads dy and x twice and writes dx once, finding the activation's mask again on the way.
-#include "cpu/batch_norm.h"
+#include "device/batch_norm.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "core/allocator.h"
-#include "cpu/elementwise.h"
 #include "cpu/parallel.h"
 #include "cpu/registry.h"
+#include "device/elementwise.h"
 
 namespace fastconv::cpu {
 namespace {

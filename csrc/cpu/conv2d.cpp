@@ -7,8 +7,8 @@
 #include <numeric>
 
 #include "core/allocator.h"
-#include "cpu/elementwise.h"
 #include "cpu/parallel.h"
+#include "device/elementwise.h"
 
 namespace fastconv::cpu {
 namespace {

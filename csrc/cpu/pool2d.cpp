@@ -1,7 +1,7 @@
 // All pooling is one walk over rows of windows; the kernels differ. Forward rows are independent. A backward row owns
 // the image rows between its window and the next where windows do not overlap, and then stores every element once;
 // where they overlap a chunk is an image (or some channels of it), whose windows are added in row-major order.
-#include "cpu/pool2d.h"
+#include "device/pool2d.h"
 
 #include <algorithm>
 #include <atomic>

@@ -3,7 +3,7 @@
 
 #include "core/pool_problem.h"
 
-namespace fastconv::cpu {
+namespace fastconv::FASTCONV_DEVICE {
 
 void max_pool2d(const Pool2dProblem&, const void* x, void* y, int64_t* indices);  // indices may be null
 // The maxima are found again in x.
@@ -13,4 +13,4 @@ void max_pool2d_backward_indices(const Pool2dProblem&, const void* dy, const int
 void avg_pool2d(const Pool2dProblem&, const void* x, void* y);
 void avg_pool2d_backward(const Pool2dProblem&, const void* dy, void* dx);
 
-}  // namespace fastconv::cpu
+}  // namespace fastconv::FASTCONV_DEVICE

@@ -4,7 +4,7 @@
 
 #include "core/batch_norm_problem.h"
 
-namespace fastconv::cpu {
+namespace fastconv::FASTCONV_DEVICE {
 
 // Of a set of `count` values a channel: the mean, and the sum of squared distances from it, [channels] each.
 struct Moments {
@@ -56,4 +56,4 @@ void batch_norm_backward_input(const BatchNormProblem&, const BatchNormArguments
 void batch_norm_backward(const BatchNormProblem&, const BatchNormArguments&, const void* dy, bool training,
                          const BatchNormGradients&);
 
-}  // namespace fastconv::cpu
+}  // namespace fastconv::FASTCONV_DEVICE
