@@ -86,7 +86,6 @@ template <class P> struct ReciprocalStd {
 // The arguments, and what a thread keeps of its channels.
 template <class T, int WIDTH> struct Normalized {
   using P = Acc<T>;
-  static constexpr int kWidth = WIDTH;
   struct Channels {
     P mean[WIDTH], scale[WIDTH], bias[WIDTH];
   };

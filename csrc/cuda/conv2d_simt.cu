@@ -1,5 +1,7 @@
 // The definition on the device: a thread computes one output by plain loops, for any shape and every type. Never
 // declines; the oracle of the faster implementations.
+#include <algorithm>
+
 #include "cuda/activation.h"
 #include "cuda/conv2d.h"
 #include "cuda/launch.h"
@@ -126,7 +128,7 @@ int64_t elements(const Shape& s) { return s[0] * s[1] * s[2] * s[3]; }
 int64_t slice_count(const Conv2dProblem& a) {
   constexpr int64_t kThreadsWanted = 1 << 17;
   const int64_t wanted = ceil_divide(kThreadsWanted, elements(a.w_shape()));
-  return std::max<int64_t>(std::min({wanted, a.n * a.p, int64_t{64}}), 1);
+  return std::clamp<int64_t>(std::min(wanted, a.n * a.p), 1, 64);
 }
 
 }  // namespace

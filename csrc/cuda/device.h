@@ -4,6 +4,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -45,15 +47,39 @@ Stream current_stream();
 void set_current_stream(Stream);
 // While the current stream is recorded into a graph nothing may wait for it.
 bool capturing();
-void synchronize();  // waits for the current stream
+void synchronize();           // waits for the current stream
+void let_wait(Stream other);  // what `other` does next waits for what the current stream has been given
 
 enum class Copy { kToDevice, kToHost, kOnDevice };
 // In order of the current stream. To the host: returns when the bytes are there.
 void copy_bytes(void* to, const void* from, size_t bytes, Copy);
 void zero_bytes(void* to, size_t bytes);
 
-// A small table that lives on the device for good: the same content is uploaded once. What a kernel reads so is
-// never freed, and its address may be part of a graph.
+// A copy on the device that lives for good; made at once, also while a graph is captured.
+void* permanent_copy(const void* data, size_t bytes);
+// A small table that lives on the device for good: the same content is uploaded once, so its address may be part of a
+// graph.
 const int32_t* constant_table(const std::vector<int32_t>&);
+
+// A sequence of kernels and copies that is recorded once and started as one. What it allocates while it is recorded
+// stays its own until it is destroyed, so all addresses are fixed.
+class Graph {
+ public:
+  Graph();
+  ~Graph();
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  // Between begin and end this thread's work is recorded, not done. The current stream must not be the default one.
+  void begin();
+  void end();
+  void replay();  // on the current stream
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+// A stream of our own, which lives for good.
+Stream make_stream();
 
 }  // namespace fastconv::cuda

@@ -13,6 +13,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "cuda/device.h"
@@ -59,7 +60,7 @@ template <class Kernel> void launch(const Kernel& kernel, int64_t blocks) {
 }
 
 template <class Function>
-__global__ void __launch_bounds__(kBlockThreads) entry_each(int64_t n, const __grid_constant__ Function function) {
+__global__ void __launch_bounds__(kBlockThreads, 2) entry_each(int64_t n, const __grid_constant__ Function function) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kBlockThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x; i < n; i += step) function(i);
 }
@@ -85,19 +86,26 @@ void run_phases(const Kernel& kernel, int64_t block, typename Kernel::Shared& sh
   if constexpr (PHASE + 1 < Kernel::kPhases) run_phases<PHASE + 1>(kernel, block, shared, locals);
 }
 
+// Does the work, or adds it to the graph that this thread records.
+void do_or_record(std::function<void()> work);
+
 template <class Kernel> void launch(const Kernel& kernel, int64_t blocks) {
-  for (int64_t block = 0; block < blocks; ++block) {
-    // Poisoned, as shared memory and registers hold anything.
-    std::vector<typename Kernel::Local> locals(Kernel::kThreads);
-    std::vector<typename Kernel::Shared> shared(1);
-    memset(static_cast<void*>(locals.data()), 0xff, locals.size() * sizeof(locals[0]));
-    memset(static_cast<void*>(shared.data()), 0xff, sizeof(shared[0]));
-    run_phases<0>(kernel, block, shared[0], locals);
-  }
+  do_or_record([kernel, blocks] {
+    for (int64_t block = 0; block < blocks; ++block) {
+      // Poisoned, as shared memory and registers hold anything.
+      std::vector<typename Kernel::Local> locals(Kernel::kThreads);
+      std::vector<typename Kernel::Shared> shared(1);
+      memset(static_cast<void*>(locals.data()), 0xff, locals.size() * sizeof(locals[0]));
+      memset(static_cast<void*>(shared.data()), 0xff, sizeof(shared[0]));
+      run_phases<0>(kernel, block, shared[0], locals);
+    }
+  });
 }
 
 template <class Function> void for_each(int64_t n, const Function& function) {
-  for (int64_t i = 0; i < n; ++i) function(i);
+  do_or_record([n, function] {
+    for (int64_t i = 0; i < n; ++i) function(i);
+  });
 }
 
 #endif

@@ -28,21 +28,21 @@ FC_INLINE float float_of(uint32_t bits) {
   return value;
 }
 
-struct BFloat16 {
-  BFloat16() = default;
-  FC_INLINE explicit BFloat16(float value) {
+struct bfloat16_t {
+  bfloat16_t() = default;
+  FC_INLINE explicit bfloat16_t(float value) {
     const uint32_t u = bits_of(value);
     const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     bits = static_cast<uint16_t>((u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 0x40 : rounded);
   }
-  FC_INLINE explicit BFloat16(double value) : BFloat16(static_cast<float>(value)) {}
+  FC_INLINE explicit bfloat16_t(double value) : bfloat16_t(static_cast<float>(value)) {}
   FC_INLINE operator float() const { return float_of(static_cast<uint32_t>(bits) << 16); }
   uint16_t bits;
 };
 
-struct Float16 {
-  Float16() = default;
-  FC_INLINE explicit Float16(float value) {
+struct half_t {
+  half_t() = default;
+  FC_INLINE explicit half_t(float value) {
     const uint32_t u = bits_of(value), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
     if (magnitude > 0x7f800000) {  // NaN
       bits = static_cast<uint16_t>(sign | 0x7e00);
@@ -55,7 +55,7 @@ struct Float16 {
       bits = static_cast<uint16_t>(sign | fraction);
     }
   }
-  FC_INLINE explicit Float16(double value) : Float16(static_cast<float>(value)) {}
+  FC_INLINE explicit half_t(double value) : half_t(static_cast<float>(value)) {}
   FC_INLINE operator float() const {
     const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, magnitude = bits & 0x7fff;
     if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
@@ -80,8 +80,8 @@ template <class F> decltype(auto) dispatch_real(DType t, F&& f) {
   switch (t) {
     case DType::kFloat32: return f(float{});
     case DType::kFloat64: return f(double{});
-    case DType::kFloat16: return f(Float16{});
-    case DType::kBFloat16: return f(BFloat16{});
+    case DType::kFloat16: return f(half_t{});
+    case DType::kBFloat16: return f(bfloat16_t{});
     default: throw TypeError(concat("expected a floating type, got ", name(t)));
   }
 }
@@ -89,6 +89,6 @@ template <class F> decltype(auto) dispatch_real(DType t, F&& f) {
 }  // namespace fastconv::cuda
 
 namespace fastconv {
-template <> constexpr DType dtype_of<cuda::Float16>() { return DType::kFloat16; }
-template <> constexpr DType dtype_of<cuda::BFloat16>() { return DType::kBFloat16; }
+template <> constexpr DType dtype_of<cuda::half_t>() { return DType::kFloat16; }
+template <> constexpr DType dtype_of<cuda::bfloat16_t>() { return DType::kBFloat16; }
 }  // namespace fastconv

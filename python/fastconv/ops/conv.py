@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import _C
-from ._arrays import Array, integer, like, pair, to_numpy
+from .. import _C, cuda
+from ._arrays import Array, integer, kernels, like, operand, pair
 
 PaddingLike = Any  # int, (h, w), ((top, bottom), (left, right)), "same" or "valid"
 
@@ -69,11 +69,11 @@ def conv2d(
         ValueError: shapes, sizes or groups that do not fit together; the message has the values.
         TypeError: wrong or different dtypes, a parameter that is not an integer.
     """
-    y = _C.conv2d(
-        to_numpy(x, "input"),
-        to_numpy(w, "weight"),
-        None if bias is None else to_numpy(bias, "bias"),
-        None if residual is None else to_numpy(residual, "residual"),
+    y = kernels.conv2d(
+        operand(x, "input"),
+        operand(w, "weight"),
+        None if bias is None else operand(bias, "bias"),
+        None if residual is None else operand(residual, "residual"),
         pair(stride, "stride"),
         padding_sides(padding),
         pair(dilation, "dilation"),
@@ -99,10 +99,10 @@ def conv2d_backward(
     dy has the shape of y and is the gradient before the activation. dx has x's shape and layout, dw
     those of w, db is (K,): the sum of dy over batch and pixels.
     """
-    gradients = _C.conv2d_backward(
-        to_numpy(dy, "dy"),
-        to_numpy(x, "input"),
-        to_numpy(w, "weight"),
+    gradients = kernels.conv2d_backward(
+        operand(dy, "dy"),
+        operand(x, "input"),
+        operand(w, "weight"),
         pair(stride, "stride"),
         padding_sides(padding),
         pair(dilation, "dilation"),
@@ -129,10 +129,10 @@ def conv_transpose2d(
     P = (H - 1) * stride - 2 * padding + dilation * (R - 1) + output_padding + 1.
     Raises as :func:`conv2d`; output_padding must be smaller than stride or dilation.
     """
-    y = _C.conv_transpose2d(
-        to_numpy(x, "input"),
-        to_numpy(w, "weight"),
-        None if bias is None else to_numpy(bias, "bias"),
+    y = kernels.conv_transpose2d(
+        operand(x, "input"),
+        operand(w, "weight"),
+        None if bias is None else operand(bias, "bias"),
         pair(stride, "stride"),
         pair(padding, "padding"),
         pair(output_padding, "output_padding"),
@@ -155,10 +155,10 @@ def conv_transpose2d_backward(
     needs: Any = (True, True, True),
 ) -> tuple[Array, Array, Array]:
     """(dx, dw, db) of :func:`conv_transpose2d`; None where not needed. dy has the shape of y."""
-    gradients = _C.conv_transpose2d_backward(
-        to_numpy(dy, "dy"),
-        to_numpy(x, "input"),
-        to_numpy(w, "weight"),
+    gradients = kernels.conv_transpose2d_backward(
+        operand(dy, "dy"),
+        operand(x, "input"),
+        operand(w, "weight"),
         pair(stride, "stride"),
         pair(padding, "padding"),
         pair(output_padding, "output_padding"),
@@ -181,22 +181,27 @@ def explain(
     *,
     dtype: str = "float32",
     direction: str = "forward",
+    device: str = "cpu",
 ) -> list[tuple[str, str | None]]:
     """Which implementation of "conv2d" will run, and why each faster one declines.
 
     Returns (name, reason) rows, fastest first; the last one, with reason None, is the one that
-    runs. direction: "forward", "backward_input" or "backward_weight".
+    runs. direction: "forward", "backward_input" or "backward_weight". device: "cpu", or "cuda",
+    which knows the dtypes "float16" and "bfloat16", too.
     """
     if op != "conv2d":
         raise ValueError(f"explain knows 'conv2d', got {op!r}")
-    rows = _C.explain_conv2d(
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    module = cuda.kernels() if device == "cuda" else _C
+    rows = module.explain_conv2d(
         [integer(v, "x_shape") for v in x_shape],
         [integer(v, "w_shape") for v in w_shape],
         pair(stride, "stride"),
         padding_sides(padding),
         pair(dilation, "dilation"),
         integer(groups, "groups"),
-        str(np.dtype(dtype)),
+        cuda.dtype_name(dtype),
         direction,
     )
     return [(name, reason or None) for name, reason in rows]
@@ -211,7 +216,7 @@ def conv2d_output_shape(
     groups: int = 1,
 ) -> tuple[int, int, int, int]:
     """(N, K, P, Q) of :func:`conv2d` for these shapes; raises as conv2d does."""
-    n, k, p, q = _C.conv2d_output_shape(
+    n, k, p, q = kernels.conv2d_output_shape(
         [integer(v, "x_shape") for v in x_shape],
         [integer(v, "w_shape") for v in w_shape],
         pair(stride, "stride"),
