@@ -118,6 +118,9 @@ FC_DEVICE void mma(TensorFloat32Numbers, float (&d)[4], const uint32_t (&a)[4], 
 }
 
 FC_DEVICE void store_global(void* to, const Chunk& c) { *static_cast<Chunk*>(to) = c; }
+FC_DEVICE void store_global(float* to, float first, float second) {
+  *reinterpret_cast<float2*>(to) = make_float2(first, second);
+}
 
 // --- sm_90a ----------------------------------------------------------------------------------------------------------
 

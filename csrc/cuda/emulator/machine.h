@@ -353,6 +353,12 @@ inline void store_global(void* to, const Chunk& c) {
   std::memcpy(to, &c, 16);
 }
 
+inline void store_global(float* to, float first, float second) {
+  if (reinterpret_cast<uintptr_t>(to) % 8 != 0) emulator::fail("unaligned store of 8 bytes");
+  to[0] = first;
+  to[1] = second;
+}
+
 // --- sm_90a ----------------------------------------------------------------------------------------------------------
 
 using TensorMap = TensorMapPlan;
