@@ -137,7 +137,7 @@ FC_DEVICE void convolve(const Arguments& a, uint32_t shared) {
   const int source_channels = kBackward ? a.k : a.c, result_channels = kBackward ? a.c : a.k;
   const int channels = source_channels / a.groups, columns = result_channels / a.groups;
   const int padded = padded_channels<T>(channels, kGather);
-  const int taps = axes.h.taps * axes.w.taps, steps = ceil_divide(taps * padded, kDepth);
+  const int taps = axes.h.taps * axes.w.taps, steps = divide_up(taps * padded, kDepth);
   const Image source = {static_cast<const char*>(a.source),
                         kBackward ? a.p : a.h,
                         kBackward ? a.q : a.w,
@@ -342,12 +342,12 @@ template <class T, Gather kGather> FC_DEVICE void weight_gradient(const Argument
 
   const int group = block_z(), channels = a.c / a.groups, columns = a.k / a.groups;
   const int padded = padded_channels<T>(channels, kGather), width = a.r * a.s * padded;
-  const int tiles_n = ceil_divide(width, kGradientTile);
+  const int tiles_n = divide_up(width, kGradientTile);
   const int k0 = block_x() / tiles_n * kGradientTile, n0 = block_x() % tiles_n * kGradientTile;
   const Axes axes = axes_of(a, false, 0);
   const int pixels = a.batch * a.p * a.q;
   const int begin = block_y() * a.split.steps * kGradientPixels;
-  const int steps = smaller(a.split.steps, ceil_divide(pixels - begin, kGradientPixels));
+  const int steps = smaller(a.split.steps, divide_up(pixels - begin, kGradientPixels));
 
   const int tid = thread_index(), chunk = tid % kChunks, row0 = tid / kChunks;
   Position position[kPieces];

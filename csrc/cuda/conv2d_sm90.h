@@ -102,11 +102,11 @@ inline Plan plan_convolution(const Shape& a, bool backward, TileShape tile, Tens
   const int phases_w = backward ? backward_phases(a.w, a.stride_w) : 1;
   plan.phases = backward ? phases_w * backward_phases(a.h, a.stride_h) : 1;
   plan.columns = backward ? a.c : a.k;
-  plan.depth_blocks = ceil_divide(backward ? a.k : a.c, kDepth);
+  plan.depth_blocks = divide_up(backward ? a.k : a.c, kDepth);
   plan.kernel_w = a.s, plan.taps = a.r * a.s;
   plan.result_h = backward ? a.h : a.p, plan.result_w = backward ? a.w : a.q;
   plan.scattered = plan.phases > 1;
-  plan.tiles_n = ceil_divide(plan.columns, tile.n);
+  plan.tiles_n = divide_up(plan.columns, tile.n);
   for (int i = 0; i < plan.phases; ++i) {
     Phase& phase = plan.phase[i];
     phase.h = backward ? backward_axis(a.h, a.r, a.stride_h, a.pad_top, a.dilation_h, i / phases_w)
@@ -115,7 +115,7 @@ inline Plan plan_convolution(const Shape& a, bool backward, TileShape tile, Tens
                        : forward_axis(a.q, a.s, a.stride_w, a.pad_left, a.dilation_w);
     phase.pixels = a.n * phase.h.results * phase.w.results;
     phase.first_tile = plan.tiles;
-    plan.tiles += ceil_divide(phase.pixels, tile.m) * plan.tiles_n;
+    plan.tiles += divide_up(phase.pixels, tile.m) * plan.tiles_n;
     if (phase.h.taps * phase.w.taps > 0)
       maps.source[i] = im2col_map(numbers, data.source, a.n, backward ? a.p : a.h, backward ? a.q : a.w,
                                   backward ? a.k : a.c, phase.h, phase.w, tile.m);
@@ -138,9 +138,9 @@ inline Plan plan_weight_gradient(const Shape& a, TileShape tile, TensorMapPlan::
            forward_axis(a.q, a.s, a.stride_w, a.pad_left, a.dilation_w), a.n * a.p * a.q, 0};
   plan.rows = a.k, plan.columns = a.c;
   plan.kernel_w = a.s, plan.taps = a.r * a.s;
-  plan.tiles_m = ceil_divide(a.k, tile.m), plan.tiles_n = ceil_divide(a.c, tile.n);
+  plan.tiles_m = divide_up(a.k, tile.m), plan.tiles_n = divide_up(a.c, tile.n);
   const int tiles = plan.tiles_m * plan.tiles_n * plan.taps;
-  plan.split = plan_split(tiles, ceil_divide(phase.pixels, kDepth), multiprocessors, 6);
+  plan.split = plan_split(tiles, divide_up(phase.pixels, kDepth), multiprocessors, 6);
   plan.tiles = tiles * plan.split.splits;
   maps.source[0] = im2col_map(numbers, x, a.n, a.h, a.w, a.c, phase.h, phase.w, kDepth);
   maps.other = tiled_map(numbers, dy, {a.k, phase.pixels}, {64, kDepth});
@@ -418,7 +418,7 @@ template <class T, int kM, int kN, int kStages> FC_DEVICE void weight_gradient(c
   using L = Layout<kM, kN, kStages>;
   const Plan& plan = a.plan;
   const Phase& phase = plan.phase[0];
-  const int total_steps = ceil_divide(phase.pixels, kDepth);
+  const int total_steps = divide_up(phase.pixels, kDepth);
   Ring<kStages> ring{shared + L::kBarriers};
   start_ring<kStages>(ring.barriers);
 

@@ -17,8 +17,8 @@
 
 namespace fastconv::cuda {
 
-FC_INLINE constexpr int ceil_divide(int a, int b) { return (a + b - 1) / b; }
-FC_INLINE constexpr int round_up(int a, int b) { return ceil_divide(a, b) * b; }
+FC_INLINE constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
+FC_INLINE constexpr int round_up(int a, int b) { return divide_up(a, b) * b; }
 FC_INLINE constexpr int smaller(int a, int b) { return a < b ? a : b; }
 FC_INLINE constexpr int larger(int a, int b) { return a > b ? a : b; }
 
@@ -168,8 +168,8 @@ FC_INLINE SplitPlan plan_split(int tiles, int total_steps, int multiprocessors, 
   SplitPlan best = {1, larger(total_steps, 1)};
   int64_t best_cost = INT64_MAX;
   for (int want = 1; want <= smaller(larger(total_steps, 1), 128); ++want) {
-    const int steps = ceil_divide(larger(total_steps, 1), want);
-    const int splits = ceil_divide(larger(total_steps, 1), steps);
+    const int steps = divide_up(larger(total_steps, 1), want);
+    const int splits = divide_up(larger(total_steps, 1), steps);
     const int64_t rounds = (static_cast<int64_t>(tiles) * splits + multiprocessors - 1) / multiprocessors;
     const int64_t cost = rounds * (steps + overhead) + splits / 4;
     if (cost < best_cost) {
@@ -189,7 +189,7 @@ struct TileShape {
 // (about 27 bytes a cycle from L2), and a part of the epilogue that no other tile hides. Only the order of candidates
 // matters.
 FC_INLINE int64_t tile_cost(TileShape tile, int64_t m, int n, int steps, int multiprocessors) {
-  const int64_t tiles = (m + tile.m - 1) / tile.m * ceil_divide(n, tile.n);
+  const int64_t tiles = (m + tile.m - 1) / tile.m * divide_up(n, tile.n);
   const int64_t rounds = (tiles + multiprocessors - 1) / multiprocessors;
   const int64_t multiply = static_cast<int64_t>(tile.m) * tile.n * 64 / 2048;
   const int64_t fill = static_cast<int64_t>(tile.m + tile.n) * 128 / 27;

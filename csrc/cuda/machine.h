@@ -124,8 +124,6 @@ FC_DEVICE void store_global(float* to, float first, float second) {
 
 // --- sm_90a ----------------------------------------------------------------------------------------------------------
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
-
 FC_DEVICE void barrier_init(uint32_t at, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
 }
@@ -265,8 +263,6 @@ FC_WGMMA_OF(Float16Numbers, "f16")
 #undef FC_WGMMA
 #undef FC_WGMMA_OF
 #undef FC_COMMA
-
-#endif
 
 }  // namespace fastconv::cuda
 #endif

@@ -52,7 +52,7 @@ void test_convolve(const Shape& a, const emulator::Options& options, bool with_e
   const Array bias = naive::integers(result_channels, 3),
               residual = naive::integers(static_cast<int64_t>(expected.size()), 4);
   const Buffer<T> bias_buffer(bias), residual_buffer(residual);
-  const int pixels = static_cast<int>(expected.size()) / result_channels, slices = ceil_divide(pixels, kM);
+  const int pixels = static_cast<int>(expected.size()) / result_channels, slices = divide_up(pixels, kM);
   std::vector<SliceStatistics> statistics(static_cast<size_t>(slices) * result_channels);
   if (with_epilogue) {
     args.epilogue.bias = bias_buffer.data();
@@ -69,7 +69,7 @@ void test_convolve(const Shape& a, const emulator::Options& options, bool with_e
     const Axes axes = axes_of(args, kBackward, phase);
     largest = larger(largest, a.n * axes.h.results * axes.w.results);
   }
-  emulate(ceil_divide(largest, kM), ceil_divide(result_channels / a.groups, kN), a.groups * phases, 256,
+  emulate(divide_up(largest, kM), divide_up(result_channels / a.groups, kN), a.groups * phases, 256,
           shared_bytes<kM, kN>(), options,
           [&] { convolve<T, kM, kN, kGather, kBackward>(args, emulator::kSharedBase); });
   compare<T>(kBackward ? "input gradient" : "forward", a, result, expected);
@@ -86,8 +86,8 @@ void test_gradient(const Shape& a, const emulator::Options& options, int multipr
   Arguments args = arguments_of(a);
   args.source = x_buffer.data();
   args.other = dy_buffer.data();
-  const int tiles = ceil_divide(kg, kGradientTile) * ceil_divide(width, kGradientTile);
-  args.split = plan_split(tiles * a.groups, ceil_divide(a.n * a.p() * a.q(), kGradientPixels), multiprocessors, 2);
+  const int tiles = divide_up(kg, kGradientTile) * divide_up(width, kGradientTile);
+  args.split = plan_split(tiles * a.groups, divide_up(a.n * a.p() * a.q(), kGradientPixels), multiprocessors, 2);
   std::vector<float> partial(static_cast<size_t>(args.split.splits) * a.k * width, NAN);
   args.result = partial.data();
   emulate(tiles, args.split.splits, a.groups, 128, gradient_shared_bytes<T>(), options,

@@ -34,7 +34,7 @@ void test_convolve(const naive::Shape& a, const emulator::Options& options, int 
   const int channels = kBackward ? a.c : a.k, pixels = static_cast<int>(expected.size()) / channels;
   const Array bias = naive::integers(channels, 3), residual = naive::integers(static_cast<int64_t>(expected.size()), 4);
   const Buffer<T> bias_buffer(bias), residual_buffer(residual);
-  const int slices = ceil_divide(pixels, kM / 2);
+  const int slices = divide_up(pixels, kM / 2);
   std::vector<SliceStatistics> statistics(static_cast<size_t>(slices) * channels);
   if (with_epilogue) {
     args.epilogue.bias = bias_buffer.data();

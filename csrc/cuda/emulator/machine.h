@@ -95,7 +95,7 @@ struct Block {
 };
 
 inline Block*& block() {
-  static Block* current = nullptr;
+  thread_local Block* current = nullptr;
   return current;
 }
 inline Thread& self() { return *block()->thread[block()->current]; }
@@ -178,8 +178,7 @@ inline void run_block(Block& b, int threads, size_t shared_bytes, std::function<
     makecontext(&t->start, thread_main, 0);
   }
   for (auto& g : b.group) g.product_groups.assign(1, {});
-  static volatile uint32_t random;
-  random = b.options.order;
+  volatile uint32_t random = b.options.order;
   volatile int first = 0, at = 0, alive = threads;
   volatile uint64_t before = 0;
   const int warps = threads / 32;
@@ -580,7 +579,7 @@ void wgmma(T, float (&d)[kRegisters], uint64_t descriptor_a, uint64_t descriptor
         emulator::fail("threads of a warpgroup disagree on a product");
     const auto action = [all] {
       constexpr int kColumns = 2 * kRegisters;
-      static float a[64][16], b[kColumns][16];
+      float a[64][16], b[kColumns][16];
       for (int k = 0; k < 16; ++k) {
         for (int i = 0; i < 64; ++i) a[i][k] = emulator::operand<T>(all[0].a, kMajorA, i, k);
         for (int i = 0; i < kColumns; ++i) b[i][k] = emulator::operand<T>(all[0].b, kMajorB, i, k);
