@@ -13,13 +13,13 @@ namespace fastconv::cuda {
 inline int failures = 0, comparisons = 0;
 
 // Numbers as the device stores them, aligned as its allocator aligns, NaN before they are written.
-template <class T> class Buffer {
+template <class T> class DeviceArray {
  public:
   using Storage = typename T::Storage;
-  explicit Buffer(size_t size) : size_(size), memory_(size + 64) {
+  explicit DeviceArray(size_t size) : size_(size), memory_(size + 64) {
     for (auto& v : memory_) v = T::store(NAN);
   }
-  explicit Buffer(const naive::Array& from) : Buffer(from.size()) {
+  explicit DeviceArray(const naive::Array& from) : DeviceArray(from.size()) {
     for (size_t i = 0; i < size_; ++i) data()[i] = T::store(from[i]);
   }
   Storage* data() const {
@@ -57,7 +57,7 @@ inline void compare(const char* what, const naive::Shape& shape, const naive::Ar
 
 // Sums are exact, so the result is the exact sum rounded once.
 template <class T>
-void compare(const char* what, const naive::Shape& shape, const Buffer<T>& got, const naive::Array& expected) {
+void compare(const char* what, const naive::Shape& shape, const DeviceArray<T>& got, const naive::Array& expected) {
   naive::Array numbers(got.size()), rounded(expected);
   for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = T::load(got.data()[i]);
   for (float& v : rounded) v = T::load(T::store(v));

@@ -22,7 +22,7 @@ Arguments arguments_of(const Shape& a) {
 }
 
 // [group][column][tap][channels, padded]: forward's weights as they lie, or with input and output channels exchanged.
-template <class T> Buffer<T> pack(const Shape& a, const Array& w, Gather gather, bool backward) {
+template <class T> DeviceArray<T> pack(const Shape& a, const Array& w, Gather gather, bool backward) {
   const int cg = a.c / a.groups, kg = a.k / a.groups, taps = a.r * a.s;
   const int columns = backward ? cg : kg, channels = backward ? kg : cg, padded = padded_channels<T>(channels, gather);
   Array packed(static_cast<size_t>(a.groups) * columns * taps * padded);
@@ -34,15 +34,15 @@ template <class T> Buffer<T> pack(const Shape& a, const Array& w, Gather gather,
           packed[((static_cast<size_t>(g) * columns + column) * taps + tap) * padded + channel] =
               w[(static_cast<size_t>(g * kg + k) * taps + tap) * cg + c];
         }
-  return Buffer<T>(packed);
+  return DeviceArray<T>(packed);
 }
 
 template <class T, int kM, int kN, Gather kGather, bool kBackward>
 void test_convolve(const Shape& a, const emulator::Options& options, bool with_epilogue) {
   const Array source = naive::integers(kBackward ? a.y_size() : a.x_size(), 1), w = naive::integers(a.w_size(), 2);
   Array expected = kBackward ? naive::backward_input(a, source, w) : naive::forward(a, source, w);
-  const Buffer<T> source_buffer(source), packed = pack<T>(a, w, kGather, kBackward);
-  Buffer<T> result(expected.size());
+  const DeviceArray<T> source_buffer(source), packed = pack<T>(a, w, kGather, kBackward);
+  DeviceArray<T> result(expected.size());
   const int result_channels = kBackward ? a.c : a.k;
 
   Arguments args = arguments_of(a);
@@ -51,7 +51,7 @@ void test_convolve(const Shape& a, const emulator::Options& options, bool with_e
   args.result = result.data();
   const Array bias = naive::integers(result_channels, 3),
               residual = naive::integers(static_cast<int64_t>(expected.size()), 4);
-  const Buffer<T> bias_buffer(bias), residual_buffer(residual);
+  const DeviceArray<T> bias_buffer(bias), residual_buffer(residual);
   const int pixels = static_cast<int>(expected.size()) / result_channels, slices = divide_up(pixels, kM);
   std::vector<SliceStatistics> statistics(static_cast<size_t>(slices) * result_channels);
   if (with_epilogue) {
@@ -80,7 +80,7 @@ template <class T, Gather kGather>
 void test_gradient(const Shape& a, const emulator::Options& options, int multiprocessors) {
   const Array x = naive::integers(a.x_size(), 1), dy = naive::integers(a.y_size(), 2);
   const Array expected = naive::backward_weight(a, dy, x);
-  const Buffer<T> x_buffer(x), dy_buffer(dy);
+  const DeviceArray<T> x_buffer(x), dy_buffer(dy);
   const int cg = a.c / a.groups, kg = a.k / a.groups, padded = padded_channels<T>(cg, kGather);
   const int width = a.r * a.s * padded;
   Arguments args = arguments_of(a);

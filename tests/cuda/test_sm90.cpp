@@ -24,8 +24,8 @@ void test_convolve(const naive::Shape& a, const emulator::Options& options, int 
   if (sm90::declines(shape, kBackward)) return;
   const Array source = naive::integers(kBackward ? a.y_size() : a.x_size(), 1), w = naive::integers(a.w_size(), 2);
   Array expected = kBackward ? naive::backward_input(a, source, w) : naive::forward(a, source, w);
-  const Buffer<T> source_buffer(source), weights(w);
-  Buffer<T> result(expected.size());
+  const DeviceArray<T> source_buffer(source), weights(w);
+  DeviceArray<T> result(expected.size());
 
   sm90::Arguments args{};
   args.result = result.data();
@@ -33,7 +33,7 @@ void test_convolve(const naive::Shape& a, const emulator::Options& options, int 
                                      {source_buffer.data(), weights.data(), result.data()}, args.maps);
   const int channels = kBackward ? a.c : a.k, pixels = static_cast<int>(expected.size()) / channels;
   const Array bias = naive::integers(channels, 3), residual = naive::integers(static_cast<int64_t>(expected.size()), 4);
-  const Buffer<T> bias_buffer(bias), residual_buffer(residual);
+  const DeviceArray<T> bias_buffer(bias), residual_buffer(residual);
   const int slices = divide_up(pixels, kM / 2);
   std::vector<SliceStatistics> statistics(static_cast<size_t>(slices) * channels);
   if (with_epilogue) {
@@ -56,7 +56,7 @@ void test_gradient(const naive::Shape& a, const emulator::Options& options, int 
   const sm90::Shape shape = shape_of(a);
   if (sm90::declines(shape, false)) return;
   const Array x = naive::integers(a.x_size(), 1), dy = naive::integers(a.y_size(), 2);
-  const Buffer<T> x_buffer(x), dy_buffer(dy);
+  const DeviceArray<T> x_buffer(x), dy_buffer(dy);
   sm90::Arguments args{};
   args.plan = sm90::plan_weight_gradient(shape, {kM, kN}, numbers_of<T>(), multiprocessors, x_buffer.data(),
                                          dy_buffer.data(), args.maps);
