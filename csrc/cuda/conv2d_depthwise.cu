@@ -32,19 +32,27 @@ FC_INLINE void for_row(const T* row, int columns, int64_t channels, int first, i
 
 // One axis of results for each: forward, or one phase of the input gradient.
 template <class T, int kWidth, int kTaps, int kStep> struct Convolve {
+  static constexpr int kThreads = kBlockThreads, kPhases = 1;
+  using Shared = Nothing;
+  using Local = Nothing;
+
+  int threads;
   Axis h, w;
   int source_h, source_w, result_h, result_w, kernel_w;
   int64_t channels;
   const T *source, *weights;  // weights [r][s][channels]
   const T *bias, *residual;
-  Activation activation;
+  Acc<T> low, high;
   T* result;
 
-  // i: image, row, kPixels columns, channels; the last runs fastest.
-  FC_HOST_DEVICE void operator()(int64_t i) const {
-    const int64_t units = channels / kWidth, channel = i % units * kWidth;
+  // Threads count image, row, kPixels columns, channels; the last runs fastest. In 32 bits: divisions of 64 are calls,
+  // around which registers would be spilled.
+  template <int PHASE> FC_HOST_DEVICE void run(int64_t block, int thread, Shared&, Local&) const {
+    const int i = static_cast<int>(block) * kThreads + thread, units = static_cast<int>(channels) / kWidth;
+    if (i >= threads) return;
     const int blocks = divide_up(w.results, kPixels);
-    const Pixel at = pixel_of(static_cast<int>(i / units), h.results, blocks);
+    const int64_t channel = i % units * kWidth;
+    const Pixel at = pixel_of(i / units, h.results, blocks);
     const int column = at.j * kPixels, first = w.source_first + column * w.source_step;
     Acc<T> sum[kPixels][kWidth] = {};
     for (int a = 0; a < h.taps; ++a) {
@@ -81,10 +89,8 @@ template <class T, int kWidth, int kTaps, int kStep> struct Convolve {
 #pragma unroll
         for (int c = 0; c < kWidth; ++c) sum[pixel][c] += extra[c];
       }
-      if (activation != Activation::kNone) {
 #pragma unroll
-        for (int c = 0; c < kWidth; ++c) sum[pixel][c] = activate(activation, sum[pixel][c]);
-      }
+      for (int c = 0; c < kWidth; ++c) sum[pixel][c] = clamped(sum[pixel][c], low, high);
       store_channels<kWidth>(result, to, sum[pixel]);
     }
   }
@@ -211,9 +217,9 @@ struct Images {
 
 template <class T>
 void run(const Conv2dProblem& a, const Axis& h, const Axis& w, const Images& images, const T* weights,
-         const ForwardArguments& extra) {
-  const T *source = static_cast<const T*>(images.source), *bias = static_cast<const T*>(extra.bias);
-  const T* residual = static_cast<const T*>(extra.residual);
+         const Epilogue& epilogue) {
+  const T *source = static_cast<const T*>(images.source), *bias = static_cast<const T*>(epilogue.bias);
+  const T* residual = static_cast<const T*>(epilogue.residual);
   T* result = static_cast<T*>(images.result);
   with_width<T>(
       a.c,
@@ -223,9 +229,11 @@ void run(const Conv2dProblem& a, const Axis& h, const Axis& w, const Images& ima
           constexpr bool kWide = width > 1;
           constexpr int kTaps = kWide ? int(taps) : 1, kStep = kWide ? int(step) : 0;
           using Kernel = Convolve<T, width, kTaps, kStep>;
-          for_each(a.n * h.results * divide_up(w.results, kPixels) * (a.c / width),
-                   Kernel{h, w, images.source_h, images.source_w, images.result_h, images.result_w,
-                          static_cast<int>(a.s), a.c, source, weights, bias, residual, extra.activation, result});
+          const int64_t threads = a.n * h.results * divide_up(w.results, kPixels) * (a.c / width);
+          launch(Kernel{static_cast<int>(threads), h, w, images.source_h, images.source_w, images.result_h,
+                        images.result_w, static_cast<int>(a.s), a.c, source, weights, bias, residual, epilogue.low,
+                        epilogue.high, result},
+                 ceil_divide(threads, kBlockThreads));
         });
       },
       source, bias, residual, result);
@@ -236,6 +244,7 @@ void run(const Conv2dProblem& a, const Axis& h, const Axis& w, const Images& ima
 const char* supports(const Conv2dProblem& a) {
   if (!a.depthwise()) return "not depthwise";
   if (a.dtype == DType::kFloat64) return "float64";
+  if (elements(a.x_shape()) > INT_MAX - 1024 || elements(a.y_shape()) > INT_MAX - 1024) return "more than 2^31 numbers";
   return too_large(a);
 }
 
@@ -246,8 +255,9 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
     const auto i = [](int64_t v) { return static_cast<int>(v); };
     run<T>(a, forward_axis(i(a.p), i(a.r), i(a.stride_h), i(a.pad_top), i(a.dilation_h)),
            forward_axis(i(a.q), i(a.s), i(a.stride_w), i(a.pad_left), i(a.dilation_w)),
-           {args.x, i(a.h), i(a.w), args.y, i(a.p), i(a.q)}, weights.as<T>(), args);
+           {args.x, i(a.h), i(a.w), args.y, i(a.p), i(a.q)}, weights.as<T>(), epilogue_of(args));
   });
+  finish_activation(a, args);
 }
 
 void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) {
@@ -255,12 +265,11 @@ void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) 
     using T = decltype(t);
     const Buffer weights = taps_first<T>(a, args.w);
     const auto i = [](int64_t v) { return static_cast<int>(v); };
-    const ForwardArguments nothing{nullptr, {}, nullptr, nullptr, Activation::kNone, nullptr};
     for (int fh = 0; fh < backward_phases(i(a.h), i(a.stride_h)); ++fh)
       for (int fw = 0; fw < backward_phases(i(a.w), i(a.stride_w)); ++fw)
         run<T>(a, backward_axis(i(a.h), i(a.r), i(a.stride_h), i(a.pad_top), i(a.dilation_h), fh),
                backward_axis(i(a.w), i(a.s), i(a.stride_w), i(a.pad_left), i(a.dilation_w), fw),
-               {args.dy, i(a.p), i(a.q), args.dx, i(a.h), i(a.w)}, weights.as<T>(), nothing);
+               {args.dy, i(a.p), i(a.q), args.dx, i(a.h), i(a.w)}, weights.as<T>(), Epilogue());
   });
 }
 
