@@ -206,8 +206,8 @@ FC_DEVICE void accumulate(float (&sum)[kM / 128][kN / 2], Ring<kStages>& ring, u
 #pragma unroll
     for (int i = 0; i < kM / 128; ++i) {
       // 64 rows of A are 64 rows of 128 bytes, or one panel: as many bytes.
-      const uint64_t a = wgmma_descriptor(tile_a + (warpgroup * (kM / 128) + i) * kPanel, kPanel);
-      const uint64_t b = wgmma_descriptor(tile_b, kPanel);
+      const uint64_t a = wgmma_descriptor(tile_a + (warpgroup * (kM / 128) + i) * kPanel, kMajorA, kPanel);
+      const uint64_t b = wgmma_descriptor(tile_b, kMajorB, kPanel);
 #pragma unroll
       for (int k = 0; k < kDepth / 16; ++k)
         wgmma<kMajorA, kMajorB>(T(), sum[i], a + k * wgmma_k_step(kMajorA), b + k * wgmma_k_step(kMajorB),

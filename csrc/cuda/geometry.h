@@ -144,9 +144,10 @@ FC_INLINE constexpr Element ldmatrix_b_transposed(int lane) { return {lane % 8 +
 
 // wgmma's descriptor of a 128-byte swizzled operand (PTX ISA, "Matrix descriptor"). The operand is made of panels: rows
 // of 128 bytes, eight of which repeat the swizzle. K-major: a row is an m (or n), its 128 bytes are k. MN-major: a row
-// is a k, its 128 bytes are 64 m (or n), and the next 64 lie panel_bytes further.
-FC_INLINE constexpr uint64_t wgmma_descriptor(uint32_t address, uint32_t panel_bytes) {
-  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>(panel_bytes >> 4) << 16 |
+// is a k, its 128 bytes are 64 m (or n), and the next 64 lie panel_bytes further; K-major operands do not use that
+// number.
+FC_INLINE constexpr uint64_t wgmma_descriptor(uint32_t address, bool k_major, uint32_t panel_bytes) {
+  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>(k_major ? 1 : panel_bytes >> 4) << 16 |
          static_cast<uint64_t>(1024 >> 4) << 32 | uint64_t{1} << 62;
 }
 // What 16 further k add to a descriptor: 32 bytes of each row, or 16 rows.

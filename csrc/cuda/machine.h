@@ -153,9 +153,6 @@ FC_DEVICE void barrier_wait(uint32_t at, uint32_t parity) {
 #endif
 }
 
-FC_DEVICE void prefetch_map(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
-}
 FC_DEVICE void tma_load_im2col(uint32_t to, const TensorMap* map, uint32_t barrier, int c, int w, int h, int n,
                                int offset_w, int offset_h) {
   asm volatile(

@@ -445,7 +445,6 @@ inline void barrier_wait(uint32_t at, uint32_t parity) {
   while ((b.phase & 1) == parity) emulator::yield();
 }
 
-inline void prefetch_map(const TensorMap*) {}
 // The walk of PTX's im2col mode: base pixels of the box in order; the offset is added where one is read.
 inline void tma_load_im2col(uint32_t to, const TensorMap* map, uint32_t mbarrier, int c, int w, int h, int n,
                             int offset_w, int offset_h) {
