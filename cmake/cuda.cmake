@@ -29,7 +29,10 @@ endif()
 set(cuda_kernels
   csrc/cuda/batch_norm.cu
   csrc/cuda/channels.cu
+  csrc/cuda/conv2d_depthwise.cu
   csrc/cuda/conv2d_simt.cu
+  csrc/cuda/conv2d_sm80.cu
+  csrc/cuda/conv2d_sm90.cu
   csrc/cuda/copy.cu
   csrc/cuda/elementwise.cu
   csrc/cuda/loss.cu

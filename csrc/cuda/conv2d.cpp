@@ -11,14 +11,23 @@ namespace fastconv::cuda {
 namespace {
 
 constexpr ConvForward kForward[] = {
+    {"depthwise", depthwise::supports, depthwise::forward},
+    {"sm90", sm90::supports, sm90::forward},
+    {"sm80", sm80::supports, sm80::forward},
     {"simt", simt::supports, simt::forward},
 };
 
 constexpr ConvBackwardInput kBackwardInput[] = {
+    {"depthwise", depthwise::supports, depthwise::backward_input},
+    {"sm90", sm90::supports_backward_input, sm90::backward_input},
+    {"sm80", sm80::supports_backward_input, sm80::backward_input},
     {"simt", simt::supports, simt::backward_input},
 };
 
 constexpr ConvBackwardWeight kBackwardWeight[] = {
+    {"depthwise", depthwise::supports, depthwise::backward_weight},
+    {"sm90", sm90::supports_backward_weight, sm90::backward_weight},
+    {"sm80", sm80::supports_backward_weight, sm80::backward_weight},
     {"simt", simt::supports, simt::backward_weight},
 };
 

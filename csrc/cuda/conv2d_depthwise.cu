@@ -204,8 +204,8 @@ template <class F> void with_taps(const Axis& w, bool whole_packs, F&& f) {
 
 template <class F> void dispatch(DType t, F&& f) {
   if (t == DType::kFloat32) return f(float{});
-  if (t == DType::kFloat16) return f(Float16{});
-  f(BFloat16{});
+  if (t == DType::kFloat16) return f(half_t{});
+  f(bfloat16_t{});
 }
 
 struct Images {

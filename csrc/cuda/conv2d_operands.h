@@ -113,7 +113,7 @@ inline const char* too_large(const Conv2dProblem& a) {
   constexpr int64_t kMost = INT_MAX - 1024;
   for (const int64_t size : {a.n * a.h * a.w, a.n * a.p * a.q, a.k * a.r * a.s, a.c * a.r * a.s, a.r * a.s * a.c * 2})
     if (size > kMost) return "more than 2^31 pixels";
-  if (emulated() && elements(a.y_shape()) * a.cg() * a.r * a.s > int64_t{1} << 24) return "too large to emulate";
+  if (emulated() && elements(a.y_shape()) * a.cg() * a.r * a.s > int64_t{1} << 23) return "too large to emulate";
   return nullptr;
 }
 

@@ -12,8 +12,8 @@ template <class Element16> struct HalfNumbers {
   FC_INLINE static float load(Storage v) { return static_cast<float>(v); }
   FC_INLINE static Storage store(float v) { return Storage(v); }
 };
-using BFloat16Numbers = HalfNumbers<BFloat16>;
-using Float16Numbers = HalfNumbers<Float16>;
+using BFloat16Numbers = HalfNumbers<bfloat16_t>;
+using Float16Numbers = HalfNumbers<half_t>;
 
 // Float in memory; multiplied as TensorFloat-32, 10 bits after the point, rounded to nearest where an operand is taken.
 struct TensorFloat32Numbers {

@@ -40,13 +40,15 @@ template <class Kernel> void run_kernel(Grid grid, const typename Kernel::Argume
 #else
 
 template <class Kernel> void run_kernel(Grid grid, const typename Kernel::Arguments& arguments) {
-  thread_local emulator::Block block;
-  block.grid = grid.x;
-  for (block.z = 0; block.z < grid.z; ++block.z)
-    for (block.y = 0; block.y < grid.y; ++block.y)
-      for (block.x = 0; block.x < grid.x; ++block.x)
-        emulator::run_block(block, Kernel::kThreads, Kernel::kSharedBytes,
-                            [&] { Kernel::run(arguments, emulator::kSharedBase); });
+  do_or_record([grid, arguments] {
+    thread_local emulator::Block block;
+    block.grid = grid.x;
+    for (block.z = 0; block.z < grid.z; ++block.z)
+      for (block.y = 0; block.y < grid.y; ++block.y)
+        for (block.x = 0; block.x < grid.x; ++block.x)
+          emulator::run_block(block, Kernel::kThreads, Kernel::kSharedBytes,
+                              [&] { Kernel::run(arguments, emulator::kSharedBase); });
+  });
 }
 
 #endif

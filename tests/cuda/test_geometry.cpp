@@ -113,21 +113,21 @@ void test_swizzles() {
 
 void test_numbers() {
   for (uint32_t v = 0; v < 0x10000; ++v) {
-    BFloat16 b;
-    Float16 h;
+    bfloat16_t b;
+    half_t h;
     b.bits = h.bits = static_cast<uint16_t>(v);
     const float of_b = b, of_h = h;
-    check(std::isnan(of_b) ? std::isnan(float(BFloat16(of_b))) : BFloat16(of_b).bits == v, "bfloat16 round trip");
-    check(std::isnan(of_h) ? std::isnan(float(Float16(of_h))) : Float16(of_h).bits == v, "float16 round trip");
+    check(std::isnan(of_b) ? std::isnan(float(bfloat16_t(of_b))) : bfloat16_t(of_b).bits == v, "bfloat16 round trip");
+    check(std::isnan(of_h) ? std::isnan(float(half_t(of_h))) : half_t(of_h).bits == v, "float16 round trip");
   }
   // Halfway between neighbours: to the even one.
   for (uint32_t v = 1; v < 0x7BFF; ++v) {
-    Float16 low, high;
+    half_t low, high;
     low.bits = static_cast<uint16_t>(v), high.bits = static_cast<uint16_t>(v + 1);
-    check(Float16((float(low) + float(high)) / 2).bits == (v % 2 ? v + 1 : v), "float16 rounds ties to even");
+    check(half_t((float(low) + float(high)) / 2).bits == (v % 2 ? v + 1 : v), "float16 rounds ties to even");
   }
   for (uint32_t v = 0x3F80; v < 0x4080; ++v)
-    check(BFloat16(float_of(v << 16 | 0x8000)).bits == (v % 2 ? v + 1 : v), "bfloat16 rounds ties to even");
+    check(bfloat16_t(float_of(v << 16 | 0x8000)).bits == (v % 2 ? v + 1 : v), "bfloat16 rounds ties to even");
   check(TensorFloat32Numbers::round(0x3F801000) == 0x3F802000, "TensorFloat-32 rounds ties away");
 }
 

@@ -24,6 +24,7 @@ const DeviceInfo& device_info() {
   return info;
 }
 bool tf32_allowed() { return true; }
+void do_or_record(std::function<void()> work) { work(); }
 void copy_bytes(void* to, const void* from, size_t bytes, Copy) { std::memcpy(to, from, bytes); }
 void apply_activation(Activation f, DType dtype, void* y, int64_t n) {
   dispatch_real(dtype, [&](auto t) {
