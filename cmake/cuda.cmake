@@ -91,3 +91,9 @@ else()
   set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
 endif()
 install(TARGETS _cuda LIBRARY DESTINATION fastconv)
+
+# For the first runs of a changed kernel: a wait for a copy that never comes ends with an error, not in a hang.
+option(FASTCONV_CUDA_BOUNDED_WAITS "Bound every wait on an mbarrier" OFF)
+if(FASTCONV_CUDA_BOUNDED_WAITS OR CMAKE_BUILD_TYPE STREQUAL "Debug")
+  target_compile_definitions(_cuda PRIVATE FASTCONV_CUDA_BOUNDED_WAITS)
+endif()
