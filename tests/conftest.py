@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 # Every implementation of convolution, in each direction where it has one.
 ALGORITHMS = ["winograd", "direct", "pointwise", "depthwise", "first_layer", "reference"]
 if ON_CUDA:
-    ALGORITHMS = ["simt"]
+    ALGORITHMS = ["depthwise", "simt"]  # of float32
     device.install()
 
 # A job in the background of a shell ignores Ctrl-C, and so would the processes that tests start.

@@ -405,6 +405,8 @@ void bind_array(py::module_& m) {
             return dense_copy(a, order == "K" ? dense_strides(a.view()) : row_major_strides(a.view()));
           },
           "order"_a = "K")
+      .def("__deepcopy__",
+           [](const DeviceArray& a, const py::object&) { return dense_copy(a, dense_strides(a.view())); })
       .def("cast", &cast, "dtype_name"_a)
       .def("numpy", &to_numpy, "The numbers as a numpy array; bfloat16 becomes float32.")
       .def("astype",

@@ -32,6 +32,7 @@ _MODULES = (
     "augment",
     "checkpoint",
     "cli",
+    "cuda",
     "data",
     "distributed",
     "functional",

@@ -169,6 +169,12 @@ def _from_interface(module: Any, x: Any, interface: dict[str, Any]) -> Any:
     return module.from_pointer(interface["data"][0], list(shape), steps, dtype.name, x)
 
 
+def loss_operand(x: Any) -> Any:
+    """A 16-bit array of the device as float32 under :func:`autocast`."""
+    small = _compute_dtype is not None and is_device_array(x) and x.itemsize == 2
+    return cast(x, np.float32) if small else x
+
+
 _explicit_stream = False
 
 
@@ -185,6 +191,31 @@ def stream(number: int) -> Iterator[None]:
     finally:
         module.set_current_stream(previous)
         _explicit_stream = before
+
+
+_compute_dtype: Any = None
+
+
+@contextlib.contextmanager
+def autocast(dtype: Any = "bfloat16") -> Iterator[None]:
+    """Convolutions and linear layers of this block compute in a 16-bit dtype on the device.
+
+    Parameters and their gradients stay float32; activations follow the operands. As in PyTorch,
+    cross entropy is taken in float32. Not for several threads at a time.
+    """
+    global _compute_dtype
+    before, _compute_dtype = _compute_dtype, dtype_name(dtype)
+    try:
+        yield
+    finally:
+        _compute_dtype = before
+
+
+def compute_operands(*operands: Any) -> tuple[Any, ...]:
+    """The arrays (or None) in the dtype that :func:`autocast` asks for; as they are without it."""
+    if _compute_dtype is None:
+        return operands
+    return tuple(cast(x, _compute_dtype) if is_device_array(x) else x for x in operands)
 
 
 def synchronize() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 
-from fastconv import init, ops
+from fastconv import cuda, init, ops
 from fastconv.ops.dropout import check_mode, check_probability
 from fastconv.tensor import Array, Needs, Tensor, apply, as_tensor, records, to_numpy
 
@@ -53,11 +53,9 @@ def conv2d(
     if activation is not None and activation not in _FROM_OUTPUT and records(inputs):
         y = conv2d(*inputs[:3], stride, padding, dilation, groups, residual=inputs[3])
         return activate(y, activation)
-    xd, wd = inputs[0].data, inputs[1].data
+    xd, wd, bd, rd = cuda.compute_operands(*map(_data, inputs))
     sizes = (stride, padding, dilation, groups)
-    y = ops.conv2d(
-        xd, wd, _data(inputs[2]), *sizes, activation=activation, residual=_data(inputs[3])
-    )
+    y = ops.conv2d(xd, wd, bd, *sizes, activation=activation, residual=rd)
 
     def backward(dy: Array, needs: Needs) -> Sequence[Array | None]:
         if activation is not None:
@@ -80,24 +78,24 @@ def conv_transpose2d(
 ) -> Tensor:
     """Transposed convolution: x[N,C,H,W], weight[C,K/groups,R,S] -> [N,K,P,Q]."""
     inputs = (as_tensor(x), as_tensor(weight), _optional(bias))
-    xd, wd = inputs[0].data, inputs[1].data
+    xd, wd, bd = cuda.compute_operands(*map(_data, inputs))
     sizes = (stride, padding, output_padding, groups, dilation)
 
     def backward(dy: Array, needs: Needs) -> Sequence[Array | None]:
         return ops.conv_transpose2d_backward(dy, xd, wd, *sizes, needs=needs)
 
-    return apply(ops.conv_transpose2d(xd, wd, _data(inputs[2]), *sizes), inputs, backward)
+    return apply(ops.conv_transpose2d(xd, wd, bd, *sizes), inputs, backward)
 
 
 def linear(x: Input, weight: Input, bias: Input | None = None) -> Tensor:
     """x[..., in] times weight[out, in] transposed, plus bias[out]."""
     inputs = (as_tensor(x), as_tensor(weight), _optional(bias))
-    xd, wd = inputs[0].data, inputs[1].data
+    xd, wd, bd = cuda.compute_operands(*map(_data, inputs))
 
     def backward(dy: Array, needs: Needs) -> Sequence[Array | None]:
         return ops.linear_backward(dy, xd, wd, needs=needs)
 
-    return apply(ops.linear(xd, wd, _data(inputs[2])), inputs, backward)
+    return apply(ops.linear(xd, wd, bd), inputs, backward)
 
 
 def batch_norm(
@@ -413,7 +411,7 @@ def cross_entropy(
     The result is a scalar, or [N] when reduction is "none".
     """
     logits = as_tensor(logits)
-    ld, td = logits.data, to_numpy(target)
+    ld, td = cuda.loss_operand(logits.data), to_numpy(target)
     settings = (
         None if weight is None else to_numpy(weight),
         ignore_index,

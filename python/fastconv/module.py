@@ -214,6 +214,12 @@ class Module:
                     setattr(module, name, buffer.astype(dtype))
         return self
 
+    @property
+    def device(self) -> str:
+        """Where the parameters are: "cpu" (a module without parameters, too) or "cuda"."""
+        first = next(self.parameters(), None)
+        return "cpu" if first is None else first.device
+
     def to(self: M, device: str) -> M:
         """Moves parameters and buffers to "cpu" or "cuda", and drops gradients.
 

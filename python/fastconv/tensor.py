@@ -239,7 +239,7 @@ class Tensor:
                     f"backward() without grad needs one element, this tensor has shape {self.shape}"
                 )
             return np.ones_like(self.data)
-        seed = to_numpy(grad)
+        seed = move(to_numpy(grad), self.device)
         if seed.shape != self.shape:
             raise ValueError(f"grad has shape {seed.shape}, the tensor has shape {self.shape}")
         return in_form(seed, self.data)
