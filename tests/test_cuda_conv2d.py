@@ -37,9 +37,9 @@ SHAPES = [
     ConvCase("one_pixel", 3, 8, 1, 1, 8, 1, 1),
 ]
 LAYERS = [
-    replace(layer, n=3)
-    for network in (cases.RESNET50, cases.VGG16, cases.SMALLCNN, cases.MOBILENET_V2)
-    for layer in network
+    replace(layer, n=2)
+    for layer in cases.RESNET50 + cases.SMALLCNN + cases.MOBILENET_V2
+    if layer not in cases.MOBILENET_V2 or layer.groups > 1
 ]
 
 
