@@ -146,13 +146,13 @@ FC_DEVICE bool barrier_passed(uint32_t at, uint32_t parity) {
 FC_DEVICE void barrier_wait(uint32_t at, uint32_t parity) {
 #if defined(FASTCONV_CUDA_BOUNDED_WAITS)
   const auto now = [] {
-    uint64_t nanoseconds;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(nanoseconds));
+    uint32_t nanoseconds;
+    asm volatile("mov.u32 %0, %globaltimer_lo;" : "=r"(nanoseconds));
     return nanoseconds;
   };
-  const uint64_t start = now();
+  const uint32_t start = now();
   while (!barrier_passed(at, parity))
-    if (now() - start > 2000000000) __trap();
+    if (now() - start > 2000000000u) __trap();
 #else
   while (!barrier_passed(at, parity)) {
   }
