@@ -14,6 +14,8 @@ import torch
 
 import fastconv
 from fastconv import data
+from tests import device
+from tests.device import ON_CUDA
 
 Result = TypeVar("Result")
 
@@ -27,6 +29,9 @@ ALGORITHMS = [
     "few_pixels",
     "reference",
 ]
+if ON_CUDA:
+    ALGORITHMS = ["depthwise", "simt"]  # of float32
+    device.install()
 
 # A job in the background of a shell ignores Ctrl-C, and so would the processes that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -36,9 +41,12 @@ torch.set_num_threads(1)  # the oracle: tiny shapes
 THREADS = fastconv.get_num_threads()
 
 
-@pytest.fixture(params=fastconv.available_isas())
+@pytest.fixture(params=["cuda"] if ON_CUDA else fastconv.available_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once for each instruction set of this machine."""
+    if ON_CUDA:
+        yield request.param
+        return
     previous = fastconv.isa()
     fastconv._C.set_isa(request.param)
     yield request.param
@@ -52,7 +60,7 @@ def settings() -> Iterator[None]:
     fastconv.set_num_threads(1)
     yield
     fastconv.set_num_threads(THREADS)
-    fastconv._C.set_algorithm("")
+    device.set_algorithm("")
     fastconv.set_precision("default")
     fastconv.load_tuning(None)
 
@@ -82,11 +90,11 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
 @contextmanager
 def forced(algorithm: str) -> Iterator[None]:
     """Convolutions run this implementation or raise ValueError; "" lets the library choose."""
-    fastconv._C.set_algorithm(algorithm)
+    device.set_algorithm(algorithm)
     try:
         yield
     finally:
-        fastconv._C.set_algorithm("")
+        device.set_algorithm("")
 
 
 def each_algorithm(call: Callable[[], Result]) -> Iterator[tuple[str, Result]]:

@@ -4,18 +4,19 @@
 
 #include "bindings/operands.h"
 #include "core/check.h"
-#include "cpu/batch_norm.h"
+#include "device/batch_norm.h"
+#include "device/copy.h"
 
 namespace fastconv::bindings {
 namespace {
 
-using MaybeArray = std::optional<py::array>;
+using MaybeArray = std::optional<Array>;
 
 // A vector over the channels, checked and dense; null if not given.
 class ChannelVector {
  public:
   ChannelVector(const MaybeArray& array, const char* name, const BatchNormProblem& problem)
-      : ChannelVector(array, name, problem, problem.dtype) {}
+      : ChannelVector(array, name, problem, problem.parameter_dtype()) {}
   ChannelVector(const MaybeArray& array, const char* name, const BatchNormProblem& problem, DType dtype) {
     if (!array) return;
     const TensorView v = view(*array, name);
@@ -35,7 +36,7 @@ class RunningVector {
   RunningVector(const MaybeArray& array, const char* name, const BatchNormProblem& problem) {
     if (!array) return;
     view_ = view(*array, name);
-    check_vector(name, view_, problem.dtype, problem.channels());
+    check_vector(name, view_, problem.parameter_dtype(), problem.channels());
     given_ = true;
   }
   bool given() const { return given_; }
@@ -45,9 +46,9 @@ class RunningVector {
     Buffer copy(std::max<int64_t>(view_.numel(), 1) * itemsize(view_.dtype));
     dense.data = copy.as<void>();
     dense.strides[0] = 1;
-    copy_view(view_, dense);
-    cpu::update_running(view_.dtype, view_.sizes[0], batch, momentum, dense.data);
-    copy_view(dense, view_);
+    device::copy_view(view_, dense);
+    device::update_running(view_.dtype, view_.sizes[0], batch, momentum, dense.data);
+    device::copy_view(dense, view_);
   }
 
  private:
@@ -68,30 +69,29 @@ std::optional<ChannelsLast> image(const MaybeArray& array, const char* name, con
 const void* data_of(const std::optional<ChannelsLast>& a) { return a ? a->data() : nullptr; }
 
 // Two vectors of doubles over the channels, a row each.
-py::array two_rows(const BatchNormProblem& problem) { return new_array(DType::kFloat64, {2, problem.channels()}); }
+Array two_rows(const BatchNormProblem& problem) { return new_array(DType::kFloat64, {2, problem.channels()}); }
 
-py::array batch_norm_moments(const py::array& x_in) {
+Array batch_norm_moments(const Array& x_in) {
   const TensorView x_view = view(x_in, "input");
   const BatchNormProblem problem = make_batch_norm(x_view.dtype, shape4(x_view, "input"), 0, false);
   const ChannelsLast x(x_in, "input");
-  py::array moments = two_rows(problem);
+  Array moments = two_rows(problem);
   auto* mean = static_cast<double*>(moments.mutable_data());
   {
     py::gil_scoped_release nogil;
-    cpu::batch_norm_moments(problem, x.data(), mean, mean + problem.channels());
+    device::batch_norm_moments(problem, x.data(), mean, mean + problem.channels());
   }
   return moments;
 }
 
 // The moments of the whole batch where x is a part of it: (count, mean, squares).
-using GivenMoments = std::optional<std::tuple<int64_t, py::array, py::array>>;
+using GivenMoments = std::optional<std::tuple<int64_t, Array, Array>>;
 
-std::tuple<py::array, py::array, py::array> batch_norm_train(const py::array& x_in, const MaybeArray& weight_in,
-                                                             const MaybeArray& bias_in, const MaybeArray& mean_in,
-                                                             const MaybeArray& var_in, double momentum, double eps,
-                                                             const MaybeArray& residual_in,
-                                                             const std::string& activation_name,
-                                                             const GivenMoments& given) {
+std::tuple<Array, Array, Array> batch_norm_train(const Array& x_in, const MaybeArray& weight_in,
+                                                 const MaybeArray& bias_in, const MaybeArray& mean_in,
+                                                 const MaybeArray& var_in, double momentum, double eps,
+                                                 const MaybeArray& residual_in, const std::string& activation_name,
+                                                 const GivenMoments& given) {
   const Activation activation = parse_activation(activation_name);
   const TensorView x_view = view(x_in, "input");
   const BatchNormProblem problem = make_batch_norm(x_view.dtype, shape4(x_view, "input"), eps, !given);
@@ -108,21 +108,22 @@ std::tuple<py::array, py::array, py::array> batch_norm_train(const py::array& x_
   const auto residual = image(residual_in, "residual", problem);
   const ChannelsLast x(x_in, "input");
   Output y(problem.dtype, problem.shape, x.layout());
-  py::array mean = new_array(problem.dtype, {problem.channels()}),
-            rstd = new_array(problem.dtype, {problem.channels()});
+  Array mean = new_array(problem.parameter_dtype(), {problem.channels()}),
+        rstd = new_array(problem.parameter_dtype(), {problem.channels()});
   void *mean_data = mean.mutable_data(), *rstd_data = rstd.mutable_data();
   {
     py::gil_scoped_release nogil;
     const int64_t channels = std::max<int64_t>(problem.channels(), 1);
-    const Buffer variance(channels * itemsize(problem.dtype)), own(given ? 0 : 2 * channels * sizeof(double));
-    cpu::Moments moments{count, given_mean.doubles(), given_squares.doubles()};
+    const Buffer variance(channels * itemsize(problem.parameter_dtype())),
+        own(given ? 0 : 2 * channels * sizeof(double));
+    device::Moments moments{count, given_mean.doubles(), given_squares.doubles()};
     if (!given) {
       auto* doubles = own.as<double>();
-      cpu::batch_norm_moments(problem, x.data(), doubles, doubles + channels);
+      device::batch_norm_moments(problem, x.data(), doubles, doubles + channels);
       moments = {count, doubles, doubles + channels};
     }
-    cpu::batch_norm_statistics(problem, moments, mean_data, rstd_data, variance.as<void>());
-    cpu::batch_norm_forward(
+    device::batch_norm_statistics(problem, moments, mean_data, rstd_data, variance.as<void>());
+    device::batch_norm_forward(
         problem, {x.data(), mean_data, rstd_data, weight.data(), bias.data(), data_of(residual), activation}, y.data());
     if (count > 0) {
       running_mean.update(mean_data, momentum);
@@ -132,9 +133,9 @@ std::tuple<py::array, py::array, py::array> batch_norm_train(const py::array& x_
   return {y.finish(), mean, rstd};
 }
 
-py::array batch_norm_eval(const py::array& x_in, const py::array& mean_in, const py::array& var_in,
-                          const MaybeArray& weight_in, const MaybeArray& bias_in, double eps,
-                          const MaybeArray& residual_in, const std::string& activation_name) {
+Array batch_norm_eval(const Array& x_in, const Array& mean_in, const Array& var_in, const MaybeArray& weight_in,
+                      const MaybeArray& bias_in, double eps, const MaybeArray& residual_in,
+                      const std::string& activation_name) {
   const Activation activation = parse_activation(activation_name);
   const TensorView x_view = view(x_in, "input");
   const BatchNormProblem problem = make_batch_norm(x_view.dtype, shape4(x_view, "input"), eps, false);
@@ -145,9 +146,9 @@ py::array batch_norm_eval(const py::array& x_in, const py::array& mean_in, const
   Output y(problem.dtype, problem.shape, x.layout());
   {
     py::gil_scoped_release nogil;
-    const Buffer rstd(std::max<int64_t>(problem.channels(), 1) * itemsize(problem.dtype));
-    cpu::reciprocal_std(problem.dtype, problem.channels(), variance.data(), eps, rstd.as<void>());
-    cpu::batch_norm_forward(
+    const Buffer rstd(std::max<int64_t>(problem.channels(), 1) * itemsize(problem.parameter_dtype()));
+    device::reciprocal_std(problem.parameter_dtype(), problem.channels(), variance.data(), eps, rstd.as<void>());
+    device::batch_norm_forward(
         problem, {x.data(), mean.data(), rstd.as<void>(), weight.data(), bias.data(), data_of(residual), activation},
         y.data());
   }
@@ -156,10 +157,9 @@ py::array batch_norm_eval(const py::array& x_in, const py::array& mean_in, const
 
 using Gradients = std::tuple<MaybeArray, MaybeArray, MaybeArray, MaybeArray>;
 
-Gradients batch_norm_backward(const py::array& dy_in, const py::array& x_in, const MaybeArray& weight_in,
-                              const py::array& mean_in, const py::array& rstd_in, const MaybeArray& bias_in,
-                              const MaybeArray& residual_in, const std::string& activation_name, bool training,
-                              std::array<bool, 4> needs) {
+Gradients batch_norm_backward(const Array& dy_in, const Array& x_in, const MaybeArray& weight_in, const Array& mean_in,
+                              const Array& rstd_in, const MaybeArray& bias_in, const MaybeArray& residual_in,
+                              const std::string& activation_name, bool training, std::array<bool, 4> needs) {
   const Activation activation = parse_activation(activation_name);
   const TensorView x_view = view(x_in, "input");
   const BatchNormProblem problem = make_batch_norm(x_view.dtype, shape4(x_view, "input"), 0, false);
@@ -170,17 +170,17 @@ Gradients batch_norm_backward(const py::array& dy_in, const py::array& x_in, con
   const ChannelsLast x(x_in, "input");
   std::optional<Output> dx, dresidual;
   Gradients result;
-  cpu::BatchNormGradients out;
+  device::BatchNormGradients out;
   if (needs[0]) {
     dx.emplace(problem.dtype, problem.shape, x.layout());
     out.dx = dx->data();
   }
   if (needs[1]) {
-    std::get<1>(result) = new_array(problem.dtype, {problem.channels()});
+    std::get<1>(result) = new_array(problem.parameter_dtype(), {problem.channels()});
     out.dweight = std::get<1>(result)->mutable_data();
   }
   if (needs[2]) {
-    std::get<2>(result) = new_array(problem.dtype, {problem.channels()});
+    std::get<2>(result) = new_array(problem.parameter_dtype(), {problem.channels()});
     out.dbias = std::get<2>(result)->mutable_data();
   }
   if (needs[3] && residual) {
@@ -189,7 +189,7 @@ Gradients batch_norm_backward(const py::array& dy_in, const py::array& x_in, con
   }
   {
     py::gil_scoped_release nogil;
-    cpu::batch_norm_backward(
+    device::batch_norm_backward(
         problem, {x.data(), mean.data(), rstd.data(), weight.data(), bias.data(), data_of(residual), activation},
         dy->data(), training, out);
   }
@@ -198,11 +198,11 @@ Gradients batch_norm_backward(const py::array& dy_in, const py::array& x_in, con
   return result;
 }
 
-std::tuple<py::array, MaybeArray> batch_norm_backward_sums(const py::array& dy_in, const py::array& x_in,
-                                                           const MaybeArray& weight_in, const py::array& mean_in,
-                                                           const py::array& rstd_in, const MaybeArray& bias_in,
-                                                           const MaybeArray& residual_in,
-                                                           const std::string& activation_name) {
+std::tuple<Array, MaybeArray> batch_norm_backward_sums(const Array& dy_in, const Array& x_in,
+                                                       const MaybeArray& weight_in, const Array& mean_in,
+                                                       const Array& rstd_in, const MaybeArray& bias_in,
+                                                       const MaybeArray& residual_in,
+                                                       const std::string& activation_name) {
   const Activation activation = parse_activation(activation_name);
   const TensorView x_view = view(x_in, "input");
   const BatchNormProblem problem = make_batch_norm(x_view.dtype, shape4(x_view, "input"), 0, false);
@@ -213,21 +213,21 @@ std::tuple<py::array, MaybeArray> batch_norm_backward_sums(const py::array& dy_i
   const ChannelsLast x(x_in, "input");
   std::optional<Output> dresidual;
   if (residual) dresidual.emplace(problem.dtype, problem.shape, residual->layout());
-  py::array totals = two_rows(problem);
+  Array totals = two_rows(problem);
   auto* totals_data = static_cast<double*>(totals.mutable_data());
   {
     py::gil_scoped_release nogil;
-    cpu::batch_norm_backward_sums(
+    device::batch_norm_backward_sums(
         problem, {x.data(), mean.data(), rstd.data(), weight.data(), bias.data(), data_of(residual), activation},
         dy->data(), dresidual ? dresidual->data() : nullptr, totals_data);
   }
   return {totals, dresidual ? MaybeArray(dresidual->finish()) : std::nullopt};
 }
 
-py::array batch_norm_backward_input(const py::array& dy_in, const py::array& x_in, const MaybeArray& weight_in,
-                                    const py::array& mean_in, const py::array& rstd_in, const py::array& sum_in,
-                                    const py::array& products_in, int64_t count, const MaybeArray& bias_in,
-                                    const std::string& activation_name) {
+Array batch_norm_backward_input(const Array& dy_in, const Array& x_in, const MaybeArray& weight_in,
+                                const Array& mean_in, const Array& rstd_in, const Array& sum_in,
+                                const Array& products_in, int64_t count, const MaybeArray& bias_in,
+                                const std::string& activation_name) {
   const Activation activation = parse_activation(activation_name);
   const TensorView x_view = view(x_in, "input");
   const BatchNormProblem problem = make_batch_norm(x_view.dtype, shape4(x_view, "input"), 0, false);
@@ -242,17 +242,18 @@ py::array batch_norm_backward_input(const py::array& dy_in, const py::array& x_i
   Output dx(problem.dtype, problem.shape, x.layout());
   {
     py::gil_scoped_release nogil;
-    cpu::batch_norm_backward_input(
+    device::batch_norm_backward_input(
         problem, {x.data(), mean.data(), rstd.data(), weight.data(), bias.data(), nullptr, activation}, dy->data(),
         sum.doubles(), products.doubles(), count, dx.data());
   }
   return dx.finish();
 }
 
-std::tuple<py::array, py::array, py::array, py::array> batch_norm_max_pool_train(
-    const py::array& x_in, const MaybeArray& weight_in, const MaybeArray& bias_in, const MaybeArray& mean_in,
-    const MaybeArray& var_in, double momentum, double eps, const std::string& activation_name, Pair kernel,
-    Pair stride) {
+std::tuple<Array, Array, Array, Array> batch_norm_max_pool_train(const Array& x_in, const MaybeArray& weight_in,
+                                                                 const MaybeArray& bias_in, const MaybeArray& mean_in,
+                                                                 const MaybeArray& var_in, double momentum, double eps,
+                                                                 const std::string& activation_name, Pair kernel,
+                                                                 Pair stride) {
   const Activation activation = parse_activation(activation_name);
   const TensorView x_view = view(x_in, "input");
   const BatchNormProblem problem = make_batch_norm(x_view.dtype, shape4(x_view, "input"), eps, true);
@@ -262,19 +263,20 @@ std::tuple<py::array, py::array, py::array, py::array> batch_norm_max_pool_train
   RunningVector running_mean(mean_in, "running_mean", problem), running_var(var_in, "running_var", problem);
   const ChannelsLast x(x_in, "input");
   Output y(problem.dtype, pool.y_shape(), x.layout()), places(DType::kUInt8, pool.y_shape(), x.layout());
-  py::array mean = new_array(problem.dtype, {problem.channels()}),
-            rstd = new_array(problem.dtype, {problem.channels()});
+  Array mean = new_array(problem.parameter_dtype(), {problem.channels()}),
+        rstd = new_array(problem.parameter_dtype(), {problem.channels()});
   void *mean_data = mean.mutable_data(), *rstd_data = rstd.mutable_data();
   {
     py::gil_scoped_release nogil;
     const int64_t channels = std::max<int64_t>(problem.channels(), 1);
-    const Buffer variance(channels * itemsize(problem.dtype)), moments(2 * channels * sizeof(double));
+    const Buffer variance(channels * itemsize(problem.parameter_dtype())), moments(2 * channels * sizeof(double));
     auto* doubles = moments.as<double>();
-    cpu::batch_norm_moments(problem, x.data(), doubles, doubles + channels);
-    cpu::batch_norm_statistics(problem, {problem.rows(), doubles, doubles + channels}, mean_data, rstd_data,
-                               variance.as<void>());
-    cpu::batch_norm_max_pool(problem, {x.data(), mean_data, rstd_data, weight.data(), bias.data(), nullptr, activation},
-                             pool, y.data(), static_cast<uint8_t*>(places.data()));
+    device::batch_norm_moments(problem, x.data(), doubles, doubles + channels);
+    device::batch_norm_statistics(problem, {problem.rows(), doubles, doubles + channels}, mean_data, rstd_data,
+                                  variance.as<void>());
+    device::batch_norm_max_pool(problem,
+                                {x.data(), mean_data, rstd_data, weight.data(), bias.data(), nullptr, activation}, pool,
+                                y.data(), static_cast<uint8_t*>(places.data()));
     if (problem.rows() > 0) {
       running_mean.update(mean_data, momentum);
       running_var.update(variance.as<void>(), momentum);

@@ -7,12 +7,12 @@
 #include "bindings/operands.h"
 #include "core/channels_problem.h"
 #include "core/check.h"
-#include "cpu/channels.h"
+#include "device/channels.h"
 
 namespace fastconv::bindings {
 namespace {
 
-using MaybeArray = std::optional<py::array>;
+using MaybeArray = std::optional<Array>;
 
 // Of the largest array: one with a single channel or pixel may lie both ways.
 Layout layout_of_all(const std::vector<TensorView>& arrays) {
@@ -31,37 +31,37 @@ int64_t rows_outside(const TensorView& v, int dim, const Strides& strides) {
   return inside == 0 ? 0 : v.numel() / inside;
 }
 
-py::array cat(const std::vector<py::array>& arrays_in, int64_t dim_in) {
+Array cat(const std::vector<Array>& arrays_in, int64_t dim_in) {
   FC_CHECK(!arrays_in.empty(), "cat needs at least one array, got none");
   std::vector<TensorView> views;
-  for (const py::array& array : arrays_in) views.push_back(view(array, "input"));
+  for (const Array& array : arrays_in) views.push_back(view(array, "input"));
   const int dim = normalized_dim(dim_in, views.front().ndim);
   const TensorView joined = make_cat(views, dim);
   const Layout layout = layout_of_all(views);
   const Strides strides = strides_of(joined, layout);
-  py::array y = new_dense(joined, strides);
+  Array y = new_dense(joined, strides);
   auto* out = static_cast<char*>(y.mutable_data());
   {
     py::gil_scoped_release nogil;
     std::deque<Dense> dense;
-    std::vector<cpu::Slice> slices;
+    std::vector<device::Slice> slices;
     for (const TensorView& v : views) {
       const Strides own = strides_of(v, layout);
       dense.emplace_back(v, own);
       slices.push_back({static_cast<char*>(const_cast<void*>(dense.back().data())), contiguous_bytes(v, dim, own)});
     }
-    cpu::concatenate(rows_outside(joined, dim, strides), slices, out);
+    device::concatenate(rows_outside(joined, dim, strides), slices, out);
   }
   return y;
 }
 
-std::vector<py::array> cat_backward(const py::array& dy_in, const std::vector<int64_t>& sizes, int64_t dim_in) {
+std::vector<Array> cat_backward(const Array& dy_in, const std::vector<int64_t>& sizes, int64_t dim_in) {
   const TensorView joined = view(dy_in, "dy");
   const int dim = normalized_dim(dim_in, joined.ndim);
   const Strides strides = image_strides(joined);
   const Layout layout = joined.ndim == 4 ? layout_of(joined) : Layout::kNCHW;
-  std::vector<py::array> parts;
-  std::vector<cpu::Slice> slices;
+  std::vector<Array> parts;
+  std::vector<device::Slice> slices;
   for (const TensorView& part : make_split(joined, sizes, dim)) {
     const Strides own = strides_of(part, layout);
     parts.push_back(new_dense(part, own));
@@ -70,12 +70,12 @@ std::vector<py::array> cat_backward(const py::array& dy_in, const std::vector<in
   {
     py::gil_scoped_release nogil;
     const Dense dy(joined, strides);
-    cpu::split(rows_outside(joined, dim, strides), static_cast<const char*>(dy.data()), slices);
+    device::split(rows_outside(joined, dim, strides), static_cast<const char*>(dy.data()), slices);
   }
   return parts;
 }
 
-py::array channel_gate(const py::array& x_in, const py::array& gate_in, const MaybeArray& bias_in) {
+Array channel_gate(const Array& x_in, const Array& gate_in, const MaybeArray& bias_in) {
   const TensorView v = view(x_in, "input"), gate_view = view(gate_in, "gate");
   check_channel_gate(v, gate_view);
   std::optional<ChannelsLast> bias;
@@ -88,14 +88,14 @@ py::array channel_gate(const py::array& x_in, const py::array& gate_in, const Ma
   Output y(v.dtype, shape, x.layout());
   {
     py::gil_scoped_release nogil;
-    cpu::channel_gate(v.dtype, shape[0], shape[2] * shape[3], shape[1], x.data(), gate.data(),
-                      bias ? bias->data() : nullptr, y.data());
+    device::channel_gate(v.dtype, shape[0], shape[2] * shape[3], shape[1], x.data(), gate.data(),
+                         bias ? bias->data() : nullptr, y.data());
   }
   return y.finish();
 }
 
-std::pair<MaybeArray, MaybeArray> channel_gate_backward(const py::array& dy_in, const py::array& x_in,
-                                                        const py::array& gate_in, std::array<bool, 2> needs) {
+std::pair<MaybeArray, MaybeArray> channel_gate_backward(const Array& dy_in, const Array& x_in, const Array& gate_in,
+                                                        std::array<bool, 2> needs) {
   const TensorView v = view(x_in, "input"), gate_view = view(gate_in, "gate");
   check_channel_gate(v, gate_view);
   check_same_shape("dy", view(dy_in, "dy"), "the input", v);
@@ -106,8 +106,8 @@ std::pair<MaybeArray, MaybeArray> channel_gate_backward(const py::array& dy_in, 
   if (needs[1]) dgate.emplace(v.dtype, shape4(gate_view, "gate"), gate.layout());
   {
     py::gil_scoped_release nogil;
-    cpu::channel_gate_backward(v.dtype, shape[0], shape[2] * shape[3], shape[1], dy.data(), x.data(), gate.data(),
-                               dx ? dx->data() : nullptr, dgate ? dgate->data() : nullptr);
+    device::channel_gate_backward(v.dtype, shape[0], shape[2] * shape[3], shape[1], dy.data(), x.data(), gate.data(),
+                                  dx ? dx->data() : nullptr, dgate ? dgate->data() : nullptr);
   }
   const auto finish = [](std::optional<Output>& output) {
     return output ? MaybeArray(output->finish()) : MaybeArray();

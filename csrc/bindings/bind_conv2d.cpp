@@ -4,14 +4,13 @@
 
 #include "bindings/operands.h"
 #include "core/check.h"
-#include "cpu/conv2d.h"
-#include "cpu/elementwise.h"
-#include "cpu/tuning.h"
+#include "device/conv2d.h"
+#include "device/elementwise.h"
 
 namespace fastconv::bindings {
 namespace {
 
-using MaybeArray = std::optional<py::array>;
+using MaybeArray = std::optional<Array>;
 
 // The bias of a problem with `channels` outputs, checked and dense.
 std::optional<Vector> dense_bias(const MaybeArray& bias, DType dtype, int64_t channels) {
@@ -21,8 +20,8 @@ std::optional<Vector> dense_bias(const MaybeArray& bias, DType dtype, int64_t ch
   return Vector(v, "bias");
 }
 
-py::array conv2d(const py::array& x_in, const py::array& w_in, const MaybeArray& bias, const MaybeArray& residual,
-                 Pair stride, const Padding& padding, Pair dilation, int64_t groups, const std::string& activation) {
+Array conv2d(const Array& x_in, const Array& w_in, const MaybeArray& bias, const MaybeArray& residual, Pair stride,
+             const Padding& padding, Pair dilation, int64_t groups, const std::string& activation) {
   const TensorView w = view(w_in, "weight");
   const TensorView x_view = view(x_in, "input");
   const Conv2dProblem problem =
@@ -37,20 +36,20 @@ py::array conv2d(const py::array& x_in, const py::array& w_in, const MaybeArray&
   }
   const ChannelsLast x(x_in, "input");
   Output y(problem.dtype, problem.y_shape(), x.layout());
-  const cpu::ForwardArguments args{x.data(),
-                                   w,
-                                   b ? b->data() : nullptr,
-                                   dense_residual ? dense_residual->data() : nullptr,
-                                   parse_activation(activation),
-                                   y.data()};
+  const device::ForwardArguments args{x.data(),
+                                      w,
+                                      b ? b->data() : nullptr,
+                                      dense_residual ? dense_residual->data() : nullptr,
+                                      parse_activation(activation),
+                                      y.data()};
   {
     py::gil_scoped_release nogil;
-    cpu::conv2d_forward(problem, args);
+    device::conv2d_forward(problem, args);
   }
   return y.finish();
 }
 
-py::array backward_input(const Conv2dProblem& problem, const py::array& dy_in, const py::array& w_in, Layout layout) {
+Array backward_input(const Conv2dProblem& problem, const Array& dy_in, const Array& w_in, Layout layout) {
   const TensorView w = view(w_in, "weight");
   problem.check("weight", w, problem.w_shape());
   const ChannelsLast dy(dy_in, "dy");
@@ -58,42 +57,42 @@ py::array backward_input(const Conv2dProblem& problem, const py::array& dy_in, c
   Output dx(problem.dtype, problem.x_shape(), layout);
   {
     py::gil_scoped_release nogil;
-    cpu::conv2d_backward_input(problem, {dy.data(), w, dx.data()});
+    device::conv2d_backward_input(problem, {dy.data(), w, dx.data()});
   }
   return dx.finish();
 }
 
 // dw in the layout of w: channels-last weights have channels-last gradients.
-py::array backward_weight(const Conv2dProblem& problem, const py::array& dy_in, const py::array& x_in, Layout layout) {
+Array backward_weight(const Conv2dProblem& problem, const Array& dy_in, const Array& x_in, Layout layout) {
   const ChannelsLast dy(dy_in, "dy"), x(x_in, "input");
   problem.check("dy", dy.view(), problem.y_shape());
   problem.check("input", x.view(), problem.x_shape());
-  py::array dw = new_array(problem.dtype, {problem.k, problem.cg(), problem.r, problem.s}, layout);
+  Array dw = new_array(problem.dtype, {problem.k, problem.cg(), problem.r, problem.s}, layout);
   const TensorView out = view(dw, "dw");
   {
     py::gil_scoped_release nogil;
-    cpu::conv2d_backward_weight(problem, {dy.data(), x.data(), out});
+    device::conv2d_backward_weight(problem, {dy.data(), x.data(), out});
   }
   return dw;
 }
 
 // The gradient of a bias: dy[N, K, P, Q] summed over batch and pixels.
-py::array channel_sums(const py::array& dy_in, DType dtype) {
+Array channel_sums(const Array& dy_in, DType dtype) {
   const ChannelsLast dy(dy_in, "dy");
   const auto& sizes = dy.view().sizes;
-  py::array db = new_array(dtype, {sizes[1]});
+  Array db = new_array(dtype, {sizes[1]});
   void* out = db.mutable_data();
   {
     py::gil_scoped_release nogil;
-    cpu::channel_sums(dtype, sizes[0] * sizes[2] * sizes[3], sizes[1], dy.data(), out);
+    device::channel_sums(dtype, sizes[0] * sizes[2] * sizes[3], sizes[1], dy.data(), out);
   }
   return db;
 }
 
 using Gradients = std::tuple<MaybeArray, MaybeArray, MaybeArray>;
 
-Gradients conv2d_backward(const py::array& dy, const py::array& x, const py::array& w, Pair stride,
-                          const Padding& padding, Pair dilation, int64_t groups, std::array<bool, 3> needs) {
+Gradients conv2d_backward(const Array& dy, const Array& x, const Array& w, Pair stride, const Padding& padding,
+                          Pair dilation, int64_t groups, std::array<bool, 3> needs) {
   const TensorView x_view = view(x, "input"), w_view = view(w, "weight");
   const Conv2dProblem problem =
       make_conv2d(x_view.dtype, shape4(x_view, "input"), shape4(w_view, "weight"), stride, padding, dilation, groups);
@@ -117,8 +116,8 @@ Conv2dProblem transpose_problem(const TensorView& x, const TensorView& w, Pair s
 }
 
 // y of a transposed convolution is the input gradient of the convolution `problem`, plus a bias.
-py::array conv_transpose2d(const py::array& x_in, const py::array& w_in, const MaybeArray& bias, Pair stride,
-                           Pair padding, Pair output_padding, Pair dilation, int64_t groups) {
+Array conv_transpose2d(const Array& x_in, const Array& w_in, const MaybeArray& bias, Pair stride, Pair padding,
+                       Pair output_padding, Pair dilation, int64_t groups) {
   const TensorView w = view(w_in, "weight");
   const Conv2dProblem problem =
       transpose_problem(view(x_in, "input"), w, stride, padding, output_padding, dilation, groups);
@@ -127,15 +126,14 @@ py::array conv_transpose2d(const py::array& x_in, const py::array& w_in, const M
   Output y(problem.dtype, problem.x_shape(), x.layout());
   {
     py::gil_scoped_release nogil;
-    cpu::conv2d_backward_input(problem, {x.data(), w, y.data()});
-    if (b) cpu::add_channel_bias(problem.dtype, y.data(), problem.n * problem.h * problem.w, problem.c, b->data());
+    device::conv2d_backward_input(problem, {x.data(), w, y.data()});
+    if (b) device::add_channel_bias(problem.dtype, y.data(), problem.n * problem.h * problem.w, problem.c, b->data());
   }
   return y.finish();
 }
 
-Gradients conv_transpose2d_backward(const py::array& dy_in, const py::array& x, const py::array& w_in, Pair stride,
-                                    Pair padding, Pair output_padding, Pair dilation, int64_t groups,
-                                    std::array<bool, 3> needs) {
+Gradients conv_transpose2d_backward(const Array& dy_in, const Array& x, const Array& w_in, Pair stride, Pair padding,
+                                    Pair output_padding, Pair dilation, int64_t groups, std::array<bool, 3> needs) {
   const TensorView x_view = view(x, "input"), w = view(w_in, "weight");
   const Conv2dProblem problem = transpose_problem(x_view, w, stride, padding, output_padding, dilation, groups);
   problem.check("dy", view(dy_in, "dy"), problem.x_shape());
@@ -145,7 +143,7 @@ Gradients conv_transpose2d_backward(const py::array& dy_in, const py::array& x, 
     Output dx(problem.dtype, problem.y_shape(), layout_of(x_view));
     {
       py::gil_scoped_release nogil;
-      cpu::conv2d_forward(problem, {dy.data(), w, nullptr, nullptr, Activation::kNone, dx.data()});
+      device::conv2d_forward(problem, {dy.data(), w, nullptr, nullptr, Activation::kNone, dx.data()});
     }
     std::get<0>(out) = dx.finish();
   }
@@ -155,60 +153,19 @@ Gradients conv_transpose2d_backward(const py::array& dy_in, const py::array& x, 
   return out;
 }
 
-Conv2dProblem describe(const Shape& x, const Shape& w, Pair stride, const Padding& padding, Pair dilation,
-                       int64_t groups, const std::string& dtype) {
-  for (const DType type : {DType::kFloat32, DType::kFloat64, DType::kBFloat16})
-    if (dtype == name(type)) return make_conv2d(type, x, w, stride, padding, dilation, groups);
-  throw TypeError("dtype must be 'float32', 'float64' or 'bfloat16', got '" + dtype + "'");
-}
-
-// (dtype, x shape, w shape, stride, padding, dilation, groups): a problem as Python writes it down.
-using Description = std::tuple<std::string, Shape, Shape, Pair, Padding, Pair, int64_t>;
-
-Conv2dProblem problem_of(const Description& d) {
-  const auto& [dtype, x, w, stride, padding, dilation, groups] = d;
-  return describe(x, w, stride, padding, dilation, groups, dtype);
-}
-
-Description description_of(const Conv2dProblem& a) {
-  return {name(a.dtype),
-          a.x_shape(),
-          a.w_shape(),
-          {a.stride_h, a.stride_w},
-          std::array<int64_t, 4>{a.pad_top, a.pad_bottom, a.pad_left, a.pad_right},
-          {a.dilation_h, a.dilation_w},
-          a.groups};
-}
-
-void bind_tuning(py::module_& m) {
-  using namespace py::literals;
-  m.def(
-      "set_tuning",
-      [](const std::string& source, const std::string& isa,
-         const std::vector<std::tuple<Description, std::string, std::string>>& choices) {
-        std::vector<cpu::TunedProblem> problems;
-        for (const auto& [description, direction, implementation] : choices)
-          problems.push_back({problem_of(description), cpu::parse_direction(direction), implementation});
-        cpu::set_tuning(source, isa, problems);
-      },
-      "source"_a, "isa"_a, "choices"_a);
-  m.def("tuning_source", &cpu::tuning_source);
-  m.def("start_recording", &cpu::start_recording);
-  m.def("stop_recording", [] {
-    std::vector<std::pair<Description, std::string>> problems;
-    for (const cpu::Recorded& one : cpu::stop_recording())
-      problems.emplace_back(description_of(one.problem), cpu::name_of(one.direction));
-    return problems;
-  });
-  m.def(
-      "conv2d_candidates",
-      [](const Description& problem, const std::string& direction) {
-        return cpu::conv2d_candidates(problem_of(problem), cpu::parse_direction(direction));
-      },
-      "problem"_a, "direction"_a);
-}
-
 }  // namespace
+
+Conv2dProblem describe_conv2d(const Shape& x, const Shape& w, Pair stride, const Padding& padding, Pair dilation,
+                              int64_t groups, const std::string& dtype) {
+  // bfloat16: every device has a forward pass of some convolutions in it.
+  std::string known;
+  for (const DType type : {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16}) {
+    if (!computes_in(type) && type != DType::kBFloat16) continue;
+    if (dtype == name(type)) return make_conv2d(type, x, w, stride, padding, dilation, groups);
+    known += (known.empty() ? "'" : ", '") + std::string(name(type)) + "'";
+  }
+  throw TypeError(concat("dtype must be one of ", known, ", got '", dtype, "'"));
+}
 
 void bind_conv2d(py::module_& m) {
   using namespace py::literals;
@@ -223,22 +180,21 @@ void bind_conv2d(py::module_& m) {
   m.def(
       "conv2d_output_shape",
       [](const Shape& x, const Shape& w, Pair stride, const Padding& padding, Pair dilation, int64_t groups) {
-        return describe(x, w, stride, padding, dilation, groups, "float32").y_shape();
+        return describe_conv2d(x, w, stride, padding, dilation, groups, "float32").y_shape();
       },
       "x_shape"_a, "w_shape"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a);
   m.def(
       "explain_conv2d",
       [](const Shape& x, const Shape& w, Pair stride, const Padding& padding, Pair dilation, int64_t groups,
          const std::string& dtype, const std::string& direction) {
-        return cpu::explain_conv2d(describe(x, w, stride, padding, dilation, groups, dtype),
-                                   cpu::parse_direction(direction));
+        return device::explain_conv2d(describe_conv2d(x, w, stride, padding, dilation, groups, dtype),
+                                      parse_direction(direction));
       },
       "x_shape"_a, "w_shape"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a, "dtype"_a, "direction"_a);
-  m.def("set_strict_precision", &cpu::set_strict_precision, "on"_a);
-  m.def("strict_precision", &cpu::strict_precision);
-  m.def("set_algorithm", &cpu::set_conv2d_algorithm, "name"_a,
+  m.def("set_strict_precision", &device::set_strict_precision, "on"_a);
+  m.def("strict_precision", &device::strict_precision);
+  m.def("set_algorithm", &device::set_conv2d_algorithm, "name"_a,
         "Forces one convolution algorithm by name in this thread; '' lets the lists decide.");
-  bind_tuning(m);
 }
 
 }  // namespace fastconv::bindings

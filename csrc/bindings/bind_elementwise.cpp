@@ -2,134 +2,135 @@
 
 #include "bindings/operands.h"
 #include "core/check.h"
-#include "cpu/elementwise.h"
+#include "device/copy.h"
+#include "device/elementwise.h"
 
 namespace fastconv::bindings {
 namespace {
 
 struct Named {
   const char* name;
-  cpu::Elementwise function;
+  Elementwise function;
 };
 
 // Names of the Python functions; "gelu_tanh" is gelu(approximate="tanh").
 constexpr Named kFunctions[] = {
-    {"relu", cpu::Elementwise::kReLU},
-    {"relu6", cpu::Elementwise::kReLU6},
-    {"leaky_relu", cpu::Elementwise::kLeakyReLU},
-    {"elu", cpu::Elementwise::kELU},
-    {"sigmoid", cpu::Elementwise::kSigmoid},
-    {"tanh", cpu::Elementwise::kTanh},
-    {"silu", cpu::Elementwise::kSiLU},
-    {"gelu", cpu::Elementwise::kGELU},
-    {"gelu_tanh", cpu::Elementwise::kGELUTanh},
-    {"hardsigmoid", cpu::Elementwise::kHardsigmoid},
-    {"hardswish", cpu::Elementwise::kHardswish},
+    {"relu", Elementwise::kReLU},
+    {"relu6", Elementwise::kReLU6},
+    {"leaky_relu", Elementwise::kLeakyReLU},
+    {"elu", Elementwise::kELU},
+    {"sigmoid", Elementwise::kSigmoid},
+    {"tanh", Elementwise::kTanh},
+    {"silu", Elementwise::kSiLU},
+    {"gelu", Elementwise::kGELU},
+    {"gelu_tanh", Elementwise::kGELUTanh},
+    {"hardsigmoid", Elementwise::kHardsigmoid},
+    {"hardswish", Elementwise::kHardswish},
 };
 
-cpu::Elementwise parse_function(const std::string& name) {
+Elementwise parse_function(const std::string& name) {
   for (const Named& known : kFunctions)
     if (name == known.name) return known.function;
   throw std::invalid_argument("no elementwise function named '" + name + "'");
 }
 
-py::array forward(const std::string& name, const py::array& x_in, double parameter) {
-  const cpu::Elementwise function = parse_function(name);
+Array forward(const std::string& name, const Array& x_in, double parameter) {
+  const Elementwise function = parse_function(name);
   const TensorView v = view(x_in, "input");
   check_float("input", v.dtype);
   const Strides strides = dense_strides(v);
-  py::array y = new_dense(v, strides);
+  Array y = new_dense(v, strides);
   void* out = y.mutable_data();
   {
     py::gil_scoped_release nogil;
     const Dense x(v, strides);
-    cpu::elementwise(function, v.dtype, x.data(), out, v.numel(), parameter);
+    device::elementwise(function, v.dtype, x.data(), out, v.numel(), parameter);
   }
   return y;
 }
 
-py::array backward(const std::string& name, const py::array& dy_in, const py::array& x_in, double parameter) {
-  const cpu::Elementwise function = parse_function(name);
+Array backward(const std::string& name, const Array& dy_in, const Array& x_in, double parameter) {
+  const Elementwise function = parse_function(name);
   const TensorView v = view(x_in, "input"), dy_view = view(dy_in, "dy");
   check_float("input", v.dtype);
   check_same_shape("dy", dy_view, "the input", v);
   const Strides strides = dense_strides(v);
-  py::array dx = new_dense(v, strides);
+  Array dx = new_dense(v, strides);
   void* out = dx.mutable_data();
   {
     py::gil_scoped_release nogil;
     const Dense x(v, strides), dy(dy_view, strides);
-    cpu::elementwise_backward(function, v.dtype, dy.data(), x.data(), out, v.numel(), parameter);
+    device::elementwise_backward(function, v.dtype, dy.data(), x.data(), out, v.numel(), parameter);
   }
   return dx;
 }
 
 // a += b
-void add_to(const py::array& a_in, const py::array& b_in) {
+void add_to(const Array& a_in, const Array& b_in) {
   const TensorView v = view(a_in, "a"), b_view = view(b_in, "b");
   check_float("a", v.dtype);
   check_same_shape("b", b_view, "a", v);
   FC_CHECK(is_dense(v), "a must be dense to be added to, got shape ", shape_string(v));
   py::gil_scoped_release nogil;
   const Dense b(b_view, dense_strides(v));
-  cpu::add(v.dtype, v.data, b.data(), v.data, v.numel());
+  device::add(v.dtype, v.data, b.data(), v.data, v.numel());
 }
 
-py::array add(const py::array& a_in, const py::array& b_in) {
+Array add(const Array& a_in, const Array& b_in) {
   const TensorView v = view(a_in, "a"), b_view = view(b_in, "b");
   check_float("a", v.dtype);
   check_same_shape("b", b_view, "a", v);
   const Strides strides = dense_strides(v);
-  py::array y = new_dense(v, strides);
+  Array y = new_dense(v, strides);
   void* out = y.mutable_data();
   {
     py::gil_scoped_release nogil;
     const Dense a(v, strides), b(b_view, strides);
-    cpu::add(v.dtype, a.data(), b.data(), out, v.numel());
+    device::add(v.dtype, a.data(), b.data(), out, v.numel());
   }
   return y;
 }
 
 // Elements are numbered in logical row-major order whatever their order in memory, so that a gradient in another layout
 // meets the same mask.
-py::array dropout(const py::array& x_in, double p, uint64_t seed, uint64_t offset) {
+Array dropout(const Array& x_in, double p, uint64_t seed, uint64_t offset) {
   FC_CHECK(p >= 0 && p <= 1, "dropout probability must be between 0 and 1, got ", p);
   const TensorView v = view(x_in, "input");
   check_float("input", v.dtype);
   const Strides strides = dense_strides(v), numbered = row_major_strides(v);
-  py::array y = new_dense(v, strides);
+  Array y = new_dense(v, strides);
   TensorView out = view(y, "output");
   {
     py::gil_scoped_release nogil;
     const Dense x(v, numbered);
     if (out.is_contiguous()) {
-      cpu::dropout(v.dtype, x.data(), out.data, v.numel(), p, seed, offset);
+      device::dropout(v.dtype, x.data(), out.data, v.numel(), p, seed, offset);
     } else {
       const Buffer ordered(v.numel() * itemsize(v.dtype));
-      cpu::dropout(v.dtype, x.data(), ordered.as<void>(), v.numel(), p, seed, offset);
+      device::dropout(v.dtype, x.data(), ordered.as<void>(), v.numel(), p, seed, offset);
       TensorView from = out;
       from.data = ordered.as<void>();
       from.strides = numbered;
-      copy_view(from, out);
+      device::copy_view(from, out);
     }
   }
   return y;
 }
 
 // Of whole rows (slices of the first dimension), or of all of x at once.
-py::array stochastic_depth(const py::array& x_in, double p, bool rows, uint64_t seed, uint64_t offset) {
+Array stochastic_depth(const Array& x_in, double p, bool rows, uint64_t seed, uint64_t offset) {
   FC_CHECK(p >= 0 && p <= 1, "drop probability must be between 0 and 1, got ", p);
   const TensorView v = view(x_in, "input");
   check_float("input", v.dtype);
   FC_CHECK(!rows || v.ndim > 0, "rows need an input with at least one dimension, got shape ", shape_string(v));
   const Strides strides = image_strides(v);
-  py::array y = new_dense(v, strides);
+  Array y = new_dense(v, strides);
   void* out = y.mutable_data();
   const int64_t count = rows ? v.sizes[0] : 1;
   {
     py::gil_scoped_release nogil;
     const Dense x(v, strides);
-    cpu::stochastic_depth(v.dtype, x.data(), out, count, v.numel() / std::max<int64_t>(count, 1), p, seed, offset);
+    device::stochastic_depth(v.dtype, x.data(), out, count, v.numel() / std::max<int64_t>(count, 1), p, seed, offset);
   }
   return y;
 }

@@ -4,12 +4,12 @@
 
 #include "bindings/operands.h"
 #include "core/check.h"
-#include "cpu/linear.h"
+#include "device/linear.h"
 
 namespace fastconv::bindings {
 namespace {
 
-using MaybeArray = std::optional<py::array>;
+using MaybeArray = std::optional<Array>;
 
 int64_t last_size(const TensorView& v, const char* name) {
   FC_CHECK(v.ndim >= 1, name, " must have at least 1 dimension, got shape ", shape_string(v));
@@ -28,9 +28,10 @@ TensorView with_last(TensorView v, int64_t size) {
   return v;
 }
 
-py::array linear(const py::array& x_in, const py::array& w_in, const MaybeArray& bias_in) {
+Array linear(const Array& x_in, const Array& w_in, const MaybeArray& bias_in) {
   const TensorView x_view = view(x_in, "input"), w = view(w_in, "weight");
-  const Conv2dProblem problem = cpu::make_linear(x_view.dtype, leading_elements(x_view), last_size(x_view, "input"), w);
+  const Conv2dProblem problem =
+      device::make_linear(x_view.dtype, leading_elements(x_view), last_size(x_view, "input"), w);
   std::optional<Vector> bias;
   if (bias_in) {
     const TensorView v = view(*bias_in, "bias");
@@ -38,22 +39,22 @@ py::array linear(const py::array& x_in, const py::array& w_in, const MaybeArray&
     bias.emplace(v, "bias");
   }
   const TensorView y_view = with_last(x_view, problem.k);
-  py::array y = new_dense(y_view, row_major_strides(y_view));
+  Array y = new_dense(y_view, row_major_strides(y_view));
   void* out = y.mutable_data();
   {
     py::gil_scoped_release nogil;
     const Dense x(x_view, row_major_strides(x_view));
-    cpu::linear(problem, x.data(), w, bias ? bias->data() : nullptr, out);
+    device::linear(problem, x.data(), w, bias ? bias->data() : nullptr, out);
   }
   return y;
 }
 
 using Gradients = std::tuple<MaybeArray, MaybeArray, MaybeArray>;
 
-Gradients linear_backward(const py::array& dy_in, const py::array& x_in, const py::array& w_in,
-                          std::array<bool, 3> needs) {
+Gradients linear_backward(const Array& dy_in, const Array& x_in, const Array& w_in, std::array<bool, 3> needs) {
   const TensorView dy_view = view(dy_in, "dy"), x_view = view(x_in, "input"), w = view(w_in, "weight");
-  const Conv2dProblem problem = cpu::make_linear(x_view.dtype, leading_elements(x_view), last_size(x_view, "input"), w);
+  const Conv2dProblem problem =
+      device::make_linear(x_view.dtype, leading_elements(x_view), last_size(x_view, "input"), w);
   check_same_shape("dy", dy_view, "the output", with_last(x_view, problem.k));
   Gradients result;
   void *dx = nullptr, *db = nullptr;
@@ -73,12 +74,12 @@ Gradients linear_backward(const py::array& dy_in, const py::array& x_in, const p
   {
     py::gil_scoped_release nogil;
     const Dense dy(dy_view, row_major_strides(dy_view));
-    if (dx) cpu::linear_backward_input(problem, dy.data(), w, dx);
+    if (dx) device::linear_backward_input(problem, dy.data(), w, dx);
     if (needs[1]) {
       const Dense x(x_view, row_major_strides(x_view));
-      cpu::linear_backward_weight(problem, dy.data(), x.data(), dw);
+      device::linear_backward_weight(problem, dy.data(), x.data(), dw);
     }
-    if (db) cpu::linear_backward_bias(problem, dy.data(), db);
+    if (db) device::linear_backward_bias(problem, dy.data(), db);
   }
   return result;
 }

@@ -4,52 +4,53 @@
 
 #include "bindings/operands.h"
 #include "core/check.h"
-#include "cpu/loss.h"
+#include "device/loss.h"
 
 namespace fastconv::bindings {
 namespace {
 
-using MaybeArray = std::optional<py::array>;
+using MaybeArray = std::optional<Array>;
 
-py::array softmax(const py::array& x_in, int64_t dim, bool logarithm) {
+Array softmax(const Array& x_in, int64_t dim, bool logarithm) {
   const TensorView v = view(x_in, "input");
   const Strides strides = dense_strides(v);
-  py::array y = new_dense(v, strides);
+  Array y = new_dense(v, strides);
   const TensorView out = view(y, "output");
-  const cpu::SoftmaxProblem problem = cpu::make_softmax(out, dim);
+  const SoftmaxProblem problem = make_softmax(out, dim);
   {
     py::gil_scoped_release nogil;
     const Dense x(v, strides);
-    cpu::softmax(problem, x.data(), out.data, logarithm);
+    device::softmax(problem, x.data(), out.data, logarithm);
   }
   return y;
 }
 
-py::array softmax_backward(const py::array& dy_in, const py::array& y_in, int64_t dim, bool logarithm) {
+Array softmax_backward(const Array& dy_in, const Array& y_in, int64_t dim, bool logarithm) {
   const TensorView v = view(y_in, "y"), dy_view = view(dy_in, "dy");
   check_same_shape("dy", dy_view, "y", v);
   const Strides strides = dense_strides(v);
-  py::array dx = new_dense(v, strides);
+  Array dx = new_dense(v, strides);
   const TensorView out = view(dx, "dx");
-  const cpu::SoftmaxProblem problem = cpu::make_softmax(out, dim);
+  const SoftmaxProblem problem = make_softmax(out, dim);
   {
     py::gil_scoped_release nogil;
     const Dense y(v, strides), dy(dy_view, strides);
-    cpu::softmax_backward(problem, dy.data(), y.data(), out.data, logarithm);
+    device::softmax_backward(problem, dy.data(), y.data(), out.data, logarithm);
   }
   return dx;
 }
 
 // The arguments of cross entropy, checked and dense.
 struct LossInputs {
-  LossInputs(const py::array& logits_in, const py::array& target_in, const MaybeArray& weight_in, int64_t ignore_index,
+  LossInputs(const Array& logits_in, const Array& target_in, const MaybeArray& weight_in, int64_t ignore_index,
              const std::string& reduction, double label_smoothing)
       : logits_view(view(logits_in, "logits")) {
     const TensorView target_view = view(target_in, "target");
     TensorView weight_view;
     if (weight_in) weight_view = view(*weight_in, "weight");
-    problem = cpu::make_cross_entropy(logits_view, target_view, weight_in ? &weight_view : nullptr, ignore_index,
-                                      reduction, label_smoothing);
+    problem = make_cross_entropy(logits_view, target_view, weight_in ? &weight_view : nullptr, ignore_index, reduction,
+                                 label_smoothing);
+    device::check_targets(problem, target_view);
     logits.emplace(logits_view, row_major_strides(logits_view));
     target.emplace(target_view, "target");
     if (weight_in) weight.emplace(weight_view, "weight");
@@ -57,45 +58,44 @@ struct LossInputs {
   const int64_t* targets() const { return static_cast<const int64_t*>(target->data()); }
   const void* weights() const { return weight ? weight->data() : nullptr; }
   std::vector<int64_t> loss_shape() const {
-    if (problem.reduction == cpu::Reduction::kNone) return {problem.rows};
+    if (problem.reduction == Reduction::kNone) return {problem.rows};
     return {};
   }
 
   TensorView logits_view;
-  cpu::CrossEntropyProblem problem;
+  CrossEntropyProblem problem;
   std::optional<Dense> logits;
   std::optional<Vector> target, weight;
 };
 
-py::array cross_entropy(const py::array& logits, const py::array& target, const MaybeArray& weight,
-                        int64_t ignore_index, const std::string& reduction, double label_smoothing) {
+Array cross_entropy(const Array& logits, const Array& target, const MaybeArray& weight, int64_t ignore_index,
+                    const std::string& reduction, double label_smoothing) {
   const LossInputs in(logits, target, weight, ignore_index, reduction, label_smoothing);
-  py::array loss = new_array(in.problem.dtype, in.loss_shape());
+  Array loss = new_array(in.problem.dtype, in.loss_shape());
   void* out = loss.mutable_data();
   {
     py::gil_scoped_release nogil;
-    cpu::cross_entropy(in.problem, in.logits->data(), in.targets(), in.weights(), out);
+    device::cross_entropy(in.problem, in.logits->data(), in.targets(), in.weights(), out);
   }
   return loss;
 }
 
-py::array cross_entropy_backward(const py::array& dloss_in, const py::array& logits, const py::array& target,
-                                 const MaybeArray& weight, int64_t ignore_index, const std::string& reduction,
-                                 double label_smoothing) {
+Array cross_entropy_backward(const Array& dloss_in, const Array& logits, const Array& target, const MaybeArray& weight,
+                             int64_t ignore_index, const std::string& reduction, double label_smoothing) {
   const LossInputs in(logits, target, weight, ignore_index, reduction, label_smoothing);
   const TensorView dloss_view = view(dloss_in, "dloss");
   check_dtype("dloss", dloss_view, in.problem.dtype);
-  if (in.problem.reduction == cpu::Reduction::kNone)
+  if (in.problem.reduction == Reduction::kNone)
     check_vector("dloss", dloss_view, in.problem.dtype, in.problem.rows);
   else
     FC_CHECK(dloss_view.ndim == 0, "dloss must be a single number, got shape ", shape_string(dloss_view));
   const Dense dloss(dloss_view, row_major_strides(dloss_view));
   const Strides strides = row_major_strides(in.logits_view);
-  py::array dlogits = new_dense(in.logits_view, strides);
+  Array dlogits = new_dense(in.logits_view, strides);
   void* out = dlogits.mutable_data();
   {
     py::gil_scoped_release nogil;
-    cpu::cross_entropy_backward(in.problem, dloss.data(), in.logits->data(), in.targets(), in.weights(), out);
+    device::cross_entropy_backward(in.problem, dloss.data(), in.logits->data(), in.targets(), in.weights(), out);
   }
   return dlogits;
 }

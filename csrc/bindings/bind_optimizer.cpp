@@ -5,13 +5,13 @@
 
 #include "bindings/operands.h"
 #include "core/check.h"
-#include "cpu/optimizer.h"
+#include "device/optimizer.h"
 
 namespace fastconv::bindings {
 namespace {
 
-using Arrays = std::vector<py::array>;
-using MaybeArrays = std::vector<std::optional<py::array>>;
+using Arrays = std::vector<Array>;
+using MaybeArrays = std::vector<std::optional<Array>>;
 
 // Parameters with a gradient, checked. Gradients in another order of memory than their parameter are copied.
 class Parameters {
@@ -33,16 +33,15 @@ class Parameters {
       const TensorView gradient = view(*gradients[i], concat("gradient ", i).c_str());
       check_same_shape(concat("gradient ", i).c_str(), gradient, name.c_str(), value);
       gradients_.push_back(std::make_unique<Dense>(gradient, value.strides));
-      cpu::Parameter p{value.dtype, value.numel(), value.data, gradients_.back()->data(), {}, weight_decay[i]};
+      device::Parameter p{value.dtype, value.numel(), value.data, gradients_.back()->data(), {}, weight_decay[i]};
       for (size_t s = 0; s < states.size(); ++s) p.state[s] = state((*states[s])[i], concat("state ", i), name, value);
       parameters_.push_back(p);
     }
   }
-  const std::vector<cpu::Parameter>& list() const { return parameters_; }
+  const std::vector<device::Parameter>& list() const { return parameters_; }
 
  private:
-  static void* state(const py::array& array, const std::string& role, const std::string& name,
-                     const TensorView& value) {
+  static void* state(const Array& array, const std::string& role, const std::string& name, const TensorView& value) {
     const TensorView v = view(array, role.c_str());
     check_same_shape(role.c_str(), v, name.c_str(), value);
     for (int i = 0; i < v.ndim; ++i)
@@ -52,7 +51,7 @@ class Parameters {
   }
 
   std::vector<std::unique_ptr<Dense>> gradients_;
-  std::vector<cpu::Parameter> parameters_;
+  std::vector<device::Parameter> parameters_;
 };
 
 void sgd_step(const Arrays& values, const MaybeArrays& gradients, const std::optional<Arrays>& momenta, double lr,
@@ -62,7 +61,7 @@ void sgd_step(const Arrays& values, const MaybeArrays& gradients, const std::opt
   if (momenta) states.push_back(&*momenta);
   const Parameters parameters(values, gradients, states, weight_decay);
   py::gil_scoped_release nogil;
-  cpu::sgd_step(parameters.list(), {lr, momentum, dampening, gradient_scale, nesterov, first});
+  device::sgd_step(parameters.list(), {lr, momentum, dampening, gradient_scale, nesterov, first});
 }
 
 void adamw_step(const Arrays& values, const MaybeArrays& gradients, const Arrays& mean, const Arrays& square,
@@ -71,12 +70,12 @@ void adamw_step(const Arrays& values, const MaybeArrays& gradients, const Arrays
   FC_CHECK(step >= 1, "step must be at least 1, got ", step);
   const Parameters parameters(values, gradients, {&mean, &square}, weight_decay);
   py::gil_scoped_release nogil;
-  cpu::adamw_step(parameters.list(), {step, lr, beta1, beta2, eps, gradient_scale});
+  device::adamw_step(parameters.list(), {step, lr, beta1, beta2, eps, gradient_scale});
 }
 
 double gradient_norm(const Arrays& gradients) {
   std::vector<std::unique_ptr<Dense>> dense;
-  std::vector<cpu::Parameter> parameters;
+  std::vector<device::Parameter> parameters;
   for (size_t i = 0; i < gradients.size(); ++i) {
     const std::string name = concat("gradient ", i);
     const TensorView gradient = view(gradients[i], name.c_str());
@@ -85,14 +84,14 @@ double gradient_norm(const Arrays& gradients) {
     parameters.push_back({gradient.dtype, gradient.numel(), nullptr, dense.back()->data(), {}, 0});
   }
   py::gil_scoped_release nogil;
-  return cpu::gradient_norm(parameters);
+  return device::gradient_norm(parameters);
 }
 
 void move_towards(const Arrays& averages, const Arrays& values, double share) {
   const MaybeArrays targets(values.begin(), values.end());
   const Parameters parameters(averages, targets, {}, std::vector<double>(averages.size()));
   py::gil_scoped_release nogil;
-  cpu::move_towards(parameters.list(), share);
+  device::move_towards(parameters.list(), share);
 }
 
 }  // namespace

@@ -4,15 +4,15 @@
 
 #include "bindings/convert.h"
 #include "core/check.h"
-#include "cpu/pool2d.h"
+#include "device/pool2d.h"
 
 namespace fastconv::bindings {
 namespace {
 
-using MaybeArray = std::optional<py::array>;
+using MaybeArray = std::optional<Array>;
 
-std::tuple<py::array, MaybeArray> max_pool2d(const py::array& x_in, Pair kernel, Pair stride, Pair padding,
-                                             Pair dilation, bool ceil_mode, bool return_indices, bool return_places) {
+std::tuple<Array, MaybeArray> max_pool2d(const Array& x_in, Pair kernel, Pair stride, Pair padding, Pair dilation,
+                                         bool ceil_mode, bool return_indices, bool return_places) {
   const TensorView x_view = view(x_in, "input");
   const Pool2dProblem problem =
       make_max_pool2d(x_view.dtype, shape4(x_view, "input"), kernel, stride, padding, dilation, ceil_mode);
@@ -26,15 +26,14 @@ std::tuple<py::array, MaybeArray> max_pool2d(const py::array& x_in, Pair kernel,
   }
   {
     py::gil_scoped_release nogil;
-    cpu::max_pool2d(problem, x.data(), y.data(), return_indices ? static_cast<int64_t*>(where->data()) : nullptr,
-                    return_places ? static_cast<uint8_t*>(where->data()) : nullptr);
+    device::max_pool2d(problem, x.data(), y.data(), return_indices ? static_cast<int64_t*>(where->data()) : nullptr,
+                       return_places ? static_cast<uint8_t*>(where->data()) : nullptr);
   }
   return {y.finish(), where ? MaybeArray(where->finish()) : std::nullopt};
 }
 
-py::array max_pool2d_backward(const py::array& dy_in, const py::array& x_in, Pair kernel, Pair stride, Pair padding,
-                              Pair dilation, bool ceil_mode, const MaybeArray& indices_in,
-                              const MaybeArray& places_in) {
+Array max_pool2d_backward(const Array& dy_in, const Array& x_in, Pair kernel, Pair stride, Pair padding, Pair dilation,
+                          bool ceil_mode, const MaybeArray& indices_in, const MaybeArray& places_in) {
   const TensorView x_view = view(x_in, "input"), dy_view = view(dy_in, "dy");
   const Pool2dProblem problem =
       make_max_pool2d(x_view.dtype, shape4(x_view, "input"), kernel, stride, padding, dilation, ceil_mode);
@@ -60,27 +59,27 @@ py::array max_pool2d_backward(const py::array& dy_in, const py::array& x_in, Pai
   {
     py::gil_scoped_release nogil;
     if (indices)
-      cpu::max_pool2d_backward_indices(problem, dy.data(), static_cast<const int64_t*>(indices->data()), dx.data());
+      device::max_pool2d_backward_indices(problem, dy.data(), static_cast<const int64_t*>(indices->data()), dx.data());
     else if (places)
-      cpu::max_pool2d_backward_places(problem, dy.data(), static_cast<const uint8_t*>(places->data()), dx.data());
+      device::max_pool2d_backward_places(problem, dy.data(), static_cast<const uint8_t*>(places->data()), dx.data());
     else
-      cpu::max_pool2d_backward(problem, dy.data(), x->data(), dx.data());
+      device::max_pool2d_backward(problem, dy.data(), x->data(), dx.data());
   }
   return dx.finish();
 }
 
-py::array average(const Pool2dProblem& problem, const py::array& x_in) {
+Array average(const Pool2dProblem& problem, const Array& x_in) {
   const ChannelsLast x(x_in, "input");
   Output y(problem.dtype, problem.y_shape(), x.layout());
   {
     py::gil_scoped_release nogil;
-    cpu::avg_pool2d(problem, x.data(), y.data());
+    device::avg_pool2d(problem, x.data(), y.data());
   }
   return y.finish();
 }
 
 // x gives the shape and the layout only.
-py::array average_backward(const Pool2dProblem& problem, const py::array& dy_in, const TensorView& x) {
+Array average_backward(const Pool2dProblem& problem, const Array& dy_in, const TensorView& x) {
   const TensorView dy_view = view(dy_in, "dy");
   check_dtype("dy", dy_view, problem.dtype);
   check_shape4("dy", dy_view, problem.y_shape());
@@ -88,7 +87,7 @@ py::array average_backward(const Pool2dProblem& problem, const py::array& dy_in,
   Output dx(problem.dtype, problem.x_shape(), layout_of(x));
   {
     py::gil_scoped_release nogil;
-    cpu::avg_pool2d_backward(problem, dy.data(), dx.data());
+    device::avg_pool2d_backward(problem, dy.data(), dx.data());
   }
   return dx.finish();
 }
@@ -99,26 +98,26 @@ Pool2dProblem sliding_average(const TensorView& x, Pair kernel, Pair stride, Pai
                          divisor_override);
 }
 
-py::array avg_pool2d(const py::array& x, Pair kernel, Pair stride, Pair padding, bool ceil_mode, bool count_include_pad,
-                     std::optional<int64_t> divisor_override) {
+Array avg_pool2d(const Array& x, Pair kernel, Pair stride, Pair padding, bool ceil_mode, bool count_include_pad,
+                 std::optional<int64_t> divisor_override) {
   return average(
       sliding_average(view(x, "input"), kernel, stride, padding, ceil_mode, count_include_pad, divisor_override), x);
 }
 
-py::array avg_pool2d_backward(const py::array& dy, const py::array& x, Pair kernel, Pair stride, Pair padding,
-                              bool ceil_mode, bool count_include_pad, std::optional<int64_t> divisor_override) {
+Array avg_pool2d_backward(const Array& dy, const Array& x, Pair kernel, Pair stride, Pair padding, bool ceil_mode,
+                          bool count_include_pad, std::optional<int64_t> divisor_override) {
   const TensorView x_view = view(x, "input");
   return average_backward(
       sliding_average(x_view, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override), dy, x_view);
 }
 
-py::array adaptive_avg_pool2d(const py::array& x, Pair output) {
+Array adaptive_avg_pool2d(const Array& x, Pair output) {
   const TensorView x_view = view(x, "input");
   return average(make_adaptive_avg_pool2d(x_view.dtype, shape4(x_view, "input"), output), x);
 }
 
 // The output size is that of dy.
-py::array adaptive_avg_pool2d_backward(const py::array& dy, const py::array& x) {
+Array adaptive_avg_pool2d_backward(const Array& dy, const Array& x) {
   const TensorView x_view = view(x, "input");
   const Shape y = shape4(view(dy, "dy"), "dy");
   return average_backward(make_adaptive_avg_pool2d(x_view.dtype, shape4(x_view, "input"), {y[2], y[3]}), dy, x_view);

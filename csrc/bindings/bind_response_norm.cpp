@@ -1,23 +1,23 @@
 #include "bindings/convert.h"
 #include "core/check.h"
-#include "cpu/response_norm.h"
+#include "device/response_norm.h"
 
 namespace fastconv::bindings {
 namespace {
 
-py::array forward(const py::array& x_in, int64_t size, double alpha, double beta, double k) {
+Array forward(const Array& x_in, int64_t size, double alpha, double beta, double k) {
   const TensorView x_view = view(x_in, "input");
   const ResponseNormProblem problem = make_response_norm(x_view.dtype, shape4(x_view, "input"), size, alpha, beta, k);
   const ChannelsLast x(x_in, "input");
   Output y(problem.dtype, problem.shape, x.layout());
   {
     py::gil_scoped_release nogil;
-    cpu::response_norm(problem, x.data(), y.data());
+    device::response_norm(problem, x.data(), y.data());
   }
   return y.finish();
 }
 
-py::array backward(const py::array& dy_in, const py::array& x_in, int64_t size, double alpha, double beta, double k) {
+Array backward(const Array& dy_in, const Array& x_in, int64_t size, double alpha, double beta, double k) {
   const TensorView x_view = view(x_in, "input"), dy_view = view(dy_in, "dy");
   const ResponseNormProblem problem = make_response_norm(x_view.dtype, shape4(x_view, "input"), size, alpha, beta, k);
   check_dtype("dy", dy_view, problem.dtype);
@@ -26,7 +26,7 @@ py::array backward(const py::array& dy_in, const py::array& x_in, int64_t size, 
   Output dx(problem.dtype, problem.shape, x.layout());
   {
     py::gil_scoped_release nogil;
-    cpu::response_norm_backward(problem, dy.data(), x.data(), dx.data());
+    device::response_norm_backward(problem, dy.data(), x.data(), dx.data());
   }
   return dx.finish();
 }

@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <numeric>
 
-#include "cpu/layout.h"
+#include "device/copy.h"
 
 namespace fastconv::bindings {
 namespace {
@@ -63,37 +63,6 @@ Strides strides_of(const TensorView& v, Layout layout) {
   return layout == Layout::kChannelsLast ? strides_in_order(v, kChannelsLast) : row_major_strides(v);
 }
 
-void copy_view(const TensorView& src, const TensorView& dst) {
-  if (src.numel() == 0) return;
-  if (src.ndim > 4) {  // one slice of the first dimension after the other
-    TensorView a = src, b = dst;
-    a.ndim = b.ndim = src.ndim - 1;
-    for (int i = 0; i < a.ndim; ++i) {
-      a.sizes[i] = b.sizes[i] = src.sizes[i + 1];
-      a.strides[i] = src.strides[i + 1];
-      b.strides[i] = dst.strides[i + 1];
-    }
-    const int64_t item = itemsize(src.dtype);
-    for (int64_t i = 0; i < src.sizes[0]; ++i) {
-      a.data = static_cast<char*>(src.data) + i * src.strides[0] * item;
-      b.data = static_cast<char*>(dst.data) + i * dst.strides[0] * item;
-      copy_view(a, b);
-    }
-    return;
-  }
-  const auto four = [](const TensorView& v) {
-    TensorView w = v;
-    w.ndim = 4;
-    const int missing = 4 - v.ndim;
-    for (int i = 0; i < 4; ++i) {
-      w.sizes[i] = i < missing ? 1 : v.sizes[i - missing];
-      w.strides[i] = i < missing ? 0 : v.strides[i - missing];
-    }
-    return w;
-  };
-  cpu::copy_strided(four(src), four(dst));
-}
-
 Vector::Vector(const TensorView& array, const char* name) : data_(array.data) {
   FC_CHECK(array.ndim == 1, name, " must have 1 dimension, got shape ", shape_string(array));
   if (array.is_contiguous()) return;
@@ -101,7 +70,7 @@ Vector::Vector(const TensorView& array, const char* name) : data_(array.data) {
   TensorView dense = array;
   dense.data = copy_.as<void>();
   dense.strides[0] = 1;
-  copy_view(array, dense);
+  device::copy_view(array, dense);
   data_ = dense.data;
 }
 
@@ -111,17 +80,14 @@ Dense::Dense(const TensorView& array, const Strides& strides) : data_(array.data
   TensorView dense = array;
   dense.data = copy_.as<void>();
   dense.strides = strides;
-  copy_view(array, dense);
+  device::copy_view(array, dense);
   data_ = dense.data;
 }
 
-py::array new_dense(const TensorView& like, const Strides& strides) {
-  const int64_t item = itemsize(like.dtype);
-  std::vector<py::ssize_t> sizes(like.sizes.begin(), like.sizes.begin() + like.ndim), bytes(like.ndim);
-  for (int i = 0; i < like.ndim; ++i) bytes[i] = strides[i] * item;
-  void* data = allocate(std::max<int64_t>(like.numel(), 1) * item);
-  py::capsule owner(data, [](void* p) { release(p); });
-  return py::array(numpy_dtype(like.dtype), sizes, bytes, data, owner);
+Array new_dense(const TensorView& like, const Strides& strides) {
+  TensorView form = like;
+  form.strides = strides;
+  return new_strided(form);
 }
 
 }  // namespace fastconv::bindings

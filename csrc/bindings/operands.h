@@ -41,9 +41,6 @@ class Dense {
 };
 
 // A new array with the shape of a view and these dense strides.
-py::array new_dense(const TensorView& like, const Strides& strides);
-
-// dst = src, any strides, same shape.
-void copy_view(const TensorView& src, const TensorView& dst);
+Array new_dense(const TensorView& like, const Strides& strides);
 
 }  // namespace fastconv::bindings

@@ -1,25 +1,24 @@
 #include "core/allocator.h"
 
 #include <pthread.h>
-#include <sys/mman.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <new>
 #include <unordered_map>
 
+#include "core/raw_memory.h"
+
 namespace fastconv {
 namespace {
 
-constexpr size_t kHuge = size_t{2} << 20;
-constexpr size_t kAlign = 64;
+constexpr size_t kLeast = 64;
 
 // Eight steps to each power of two: at most 12.5% waste, and few distinct sizes.
 size_t rounded(size_t bytes) {
-  bytes = std::max(bytes, kAlign);
-  size_t step = kAlign;
+  bytes = std::max(bytes, kLeast);
+  size_t step = kLeast;
   while (step * 16 <= bytes) step *= 2;
   if (bytes > SIZE_MAX - step) throw std::bad_alloc();
   return (bytes + step - 1) / step * step;
@@ -29,13 +28,14 @@ class Cache {
  public:
   void* allocate(size_t bytes) {
     const size_t size = rounded(bytes);
+    const uint64_t pool = current_pool();
     std::lock_guard<std::mutex> lock(mutex_);
     ++stats_.allocations;
     void* p = nullptr;
     size_t got = size;
-    auto it = free_.lower_bound(size);
-    if (it != free_.end() && it->first <= size + size / 4) {
-      got = it->first;
+    auto it = free_.lower_bound({pool, size});
+    if (it != free_.end() && it->first.first == pool && it->first.second <= size + size / 4) {
+      got = it->first.second;
       p = it->second;
       free_.erase(it);
       stats_.bytes_cached -= got;
@@ -43,14 +43,14 @@ class Cache {
     } else {
       if (over_limit(size)) drop_cache();
       if (over_limit(size)) throw std::bad_alloc();
-      p = fresh(size);
+      p = raw_allocate(size);
       if (!p) {
         drop_cache();
-        p = fresh(size);
+        p = raw_allocate(size);
       }
       if (!p) throw std::bad_alloc();
     }
-    used_.emplace(p, got);
+    used_.emplace(p, Key{pool, got});
     stats_.bytes_in_use += got;
     stats_.peak_bytes_in_use = std::max(stats_.peak_bytes_in_use, stats_.bytes_in_use);
     return p;
@@ -60,14 +60,15 @@ class Cache {
     std::lock_guard<std::mutex> lock(mutex_);
     auto it = used_.find(p);
     if (it == used_.end()) return;
-    const size_t size = it->second;
+    const Key key = it->second;
     used_.erase(it);
-    stats_.bytes_in_use -= size;
+    stats_.bytes_in_use -= key.second;
     try {
-      free_.emplace(size, p);
-      stats_.bytes_cached += size;
+      leave_pool(key.first);
+      free_.emplace(key, p);
+      stats_.bytes_cached += key.second;
     } catch (...) {
-      std::free(p);  // no memory for the cache's own node: give the block back instead
+      raw_release(p);  // no memory for the cache's own node: give the block back instead
     }
   }
 
@@ -92,24 +93,25 @@ class Cache {
   void unlock() { mutex_.unlock(); }
 
  private:
-  static void* fresh(size_t size) {
-    void* p = nullptr;
-    if (posix_memalign(&p, size >= kHuge ? kHuge : kAlign, size) != 0) return nullptr;
-    if (size >= kHuge) madvise(p, size, MADV_HUGEPAGE);
-    return p;
-  }
   bool over_limit(size_t more) const {
     return stats_.limit != 0 && stats_.bytes_in_use + stats_.bytes_cached + more > stats_.limit;
   }
   void drop_cache() {
-    for (auto& block : free_) std::free(block.second);
-    free_.clear();
-    stats_.bytes_cached = 0;
+    for (auto it = free_.begin(); it != free_.end();) {
+      if (pool_is_kept(it->first.first)) {
+        ++it;
+        continue;
+      }
+      raw_release(it->second);
+      stats_.bytes_cached -= it->first.second;
+      it = free_.erase(it);
+    }
   }
 
+  using Key = std::pair<uint64_t, size_t>;  // pool, size
   std::mutex mutex_;
-  std::multimap<size_t, void*> free_;
-  std::unordered_map<void*, size_t> used_;
+  std::multimap<Key, void*> free_;
+  std::unordered_map<void*, Key> used_;
   MemoryStats stats_;
 };
 

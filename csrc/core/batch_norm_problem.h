@@ -10,6 +10,8 @@ struct BatchNormProblem {
   Shape shape{};  // N, C, H, W
   double eps = 0;
 
+  // Of weight, bias and statistics: 16-bit images have parameters of 32 bits.
+  DType parameter_dtype() const { return itemsize(dtype) == 2 ? DType::kFloat32 : dtype; }
   int64_t channels() const { return shape[1]; }
   int64_t rows() const { return shape[0] * shape[2] * shape[3]; }
 };

@@ -1,6 +1,7 @@
 // Checks that several problems share: a view has the dtype and the shape of its role.
 #pragma once
 
+#include "core/device.h"
 #include "core/problem.h"
 
 namespace fastconv {
@@ -8,7 +9,7 @@ namespace fastconv {
 inline std::string shape_string(const Shape& s) { return concat("(", s[0], ", ", s[1], ", ", s[2], ", ", s[3], ")"); }
 
 inline void check_float(const char* role, DType t) {
-  FC_CHECK_TYPE(t == DType::kFloat32 || t == DType::kFloat64, role, " must be float32 or float64, got ", name(t));
+  FC_CHECK_TYPE(computes_in(t), role, " must be ", floating_dtypes(), ", got ", name(t));
 }
 
 inline void check_dtype(const char* role, const TensorView& view, DType dtype) {

@@ -144,4 +144,19 @@ Conv2dProblem make_conv_transpose2d(DType dtype, const Shape& x, const Shape& w,
   return problem;
 }
 
+Direction parse_direction(const std::string& name) {
+  for (Direction direction : {Direction::kForward, Direction::kBackwardInput, Direction::kBackwardWeight})
+    if (name == name_of(direction)) return direction;
+  throw std::invalid_argument("direction must be 'forward', 'backward_input' or 'backward_weight', got '" + name + "'");
+}
+
+const char* name_of(Direction direction) {
+  switch (direction) {
+    case Direction::kForward: return "forward";
+    case Direction::kBackwardInput: return "backward_input";
+    case Direction::kBackwardWeight: return "backward_weight";
+  }
+  return "?";
+}
+
 }  // namespace fastconv

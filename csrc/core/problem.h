@@ -55,4 +55,10 @@ Conv2dProblem make_conv2d(DType dtype, const Shape& x, const Shape& w, Pair stri
 Conv2dProblem make_conv_transpose2d(DType dtype, const Shape& x, const Shape& w, Pair stride, Pair padding,
                                     Pair output_padding, Pair dilation, int64_t groups);
 
+// What a convolution is run for.
+enum class Direction : uint8_t { kForward, kBackwardInput, kBackwardWeight };
+
+Direction parse_direction(const std::string& name);  // "forward", "backward_input" or "backward_weight"
+const char* name_of(Direction);
+
 }  // namespace fastconv

@@ -2,7 +2,7 @@
 // order by Chan's formula in double, first within a chunk, then chunks (Chan, Golub and LeVeque, "Algorithms for
 // computing the sample variance", The American Statistician 37, 1983). Forward in training reads x twice and writes y
 // once; backward reads dy and x twice and writes dx once, finding the activation's derivative again on the way.
-#include "cpu/batch_norm.h"
+#include "device/batch_norm.h"
 
 #include <algorithm>
 #include <cmath>

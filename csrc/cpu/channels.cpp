@@ -1,6 +1,6 @@
 // Joining and splitting are copies, a row after another, so that the joined array is touched once and in order. Gating
 // walks blocks of pixels; its sums over pixels are taken in a block, then over blocks in double, then over chunks.
-#include "cpu/channels.h"
+#include "device/channels.h"
 
 #include <algorithm>
 #include <cstring>

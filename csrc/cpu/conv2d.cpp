@@ -6,9 +6,9 @@
 #include <numeric>
 
 #include "core/allocator.h"
-#include "cpu/elementwise.h"
 #include "cpu/parallel.h"
 #include "cpu/tuning.h"
+#include "device/elementwise.h"
 
 namespace fastconv::cpu {
 namespace {

@@ -1,57 +1,18 @@
-// Convolution on the CPU. Activations are dense channels-last [n][h][w][c]; weights keep the caller's strides, because
-// every algorithm repacks them anyway.
+// The algorithms of convolution on the CPU.
 #pragma once
 
-#include <string>
-
 #include "core/implementation.h"
-#include "core/problem.h"
 #include "cpu/kernels/conv2d.h"
+#include "device/conv2d.h"
 
 namespace fastconv::cpu {
-
-struct ForwardArguments {
-  const void* x;
-  TensorView w;
-  const void* bias;      // [K] or null
-  const void* residual;  // shaped like y, or null
-  Activation activation;
-  void* y;
-};
-
-struct BackwardInputArguments {
-  const void* dy;
-  TensorView w;
-  void* dx;
-};
-
-struct BackwardWeightArguments {
-  const void* dy;
-  const void* x;
-  TensorView dw;  // any strides
-};
 
 using ConvForward = Implementation<Conv2dProblem, ForwardArguments>;
 using ConvBackwardInput = Implementation<Conv2dProblem, BackwardInputArguments>;
 using ConvBackwardWeight = Implementation<Conv2dProblem, BackwardWeightArguments>;
 
-void conv2d_forward(const Conv2dProblem&, const ForwardArguments&);
-void conv2d_backward_input(const Conv2dProblem&, const BackwardInputArguments&);
-void conv2d_backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
-// db[channels] = the sum of dy[rows][channels] over rows.
-void channel_sums(DType, int64_t rows, int64_t channels, const void* dy, void* db);
-
-enum class Direction : uint8_t { kForward, kBackwardInput, kBackwardWeight };
-
-Explanation explain_conv2d(const Conv2dProblem&, Direction);
 std::vector<std::string> conv2d_candidates(const Conv2dProblem&, Direction);  // all that accept, fastest first
 void check_implementation(const std::string& name, Direction);                // throws unless there is one
-// For this thread; "" lets the lists decide. For tests, experiments and tuning.
-void set_conv2d_algorithm(const std::string& name);
-
-// Strict precision refuses algorithms with a larger error than a plain sum has, as Winograd's.
-void set_strict_precision(bool);
-bool strict_precision();
 
 // The algorithms, a file each.
 namespace reference {

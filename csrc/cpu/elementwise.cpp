@@ -1,4 +1,4 @@
-#include "cpu/elementwise.h"
+#include "device/elementwise.h"
 
 #include <algorithm>
 #include <cstring>

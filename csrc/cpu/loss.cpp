@@ -1,4 +1,4 @@
-#include "cpu/loss.h"
+#include "device/loss.h"
 
 #include <cmath>
 #include <cstring>
@@ -28,13 +28,6 @@ template <class Rows, class Columns> void parallel_softmax(const SoftmaxProblem&
                       columns(i / blocks * a.length * a.inner + first, std::min(kColumnBlock, a.inner - first));
                     }
                   });
-}
-
-Reduction parse_reduction(const std::string& name) {
-  if (name == "none") return Reduction::kNone;
-  if (name == "sum") return Reduction::kSum;
-  if (name == "mean") return Reduction::kMean;
-  throw std::invalid_argument("reduction must be 'none', 'mean' or 'sum', got '" + name + "'");
 }
 
 // What the mean divides by: the weights of the targets that are not ignored.
@@ -109,15 +102,6 @@ void cross_entropy_backward_as(const CrossEntropyProblem& a, const T* dloss, con
 
 }  // namespace
 
-SoftmaxProblem make_softmax(const TensorView& v, int64_t dim) {
-  check_float("input", v.dtype);
-  FC_CHECK(dim >= -v.ndim && dim < v.ndim, "dim must be in [", -v.ndim, ", ", v.ndim, "), got ", dim);
-  const int64_t d = dim < 0 ? dim + v.ndim : dim;
-  const int64_t length = v.sizes[d], inner = length == 1 ? 1 : v.strides[d], total = v.numel();
-  if (total == 0) return {v.dtype, 0, length, 1};
-  return {v.dtype, total / (length * inner), length, inner};
-}
-
 void softmax(const SoftmaxProblem& a, const void* x, void* y, bool logarithm) {
   dispatch_float(a.dtype, [&](auto t) {
     using T = decltype(t);
@@ -154,21 +138,12 @@ void softmax_backward(const SoftmaxProblem& a, const void* dy, const void* y, vo
   });
 }
 
-CrossEntropyProblem make_cross_entropy(const TensorView& logits, const TensorView& target, const TensorView* weight,
-                                       int64_t ignore_index, const std::string& reduction, double label_smoothing) {
-  check_float("logits", logits.dtype);
-  FC_CHECK(logits.ndim == 2, "logits must have shape (N, C), got ", shape_string(logits));
-  const int64_t rows = logits.sizes[0], classes = logits.sizes[1];
-  check_vector("target", target, DType::kInt64, rows);
-  if (weight) check_vector("weight", *weight, logits.dtype, classes);
-  FC_CHECK(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing must be between 0 and 1, got ",
-           label_smoothing);
-  for (int64_t i = 0; i < rows; ++i) {
+void check_targets(const CrossEntropyProblem& a, const TensorView& target) {
+  for (int64_t i = 0; i < a.rows; ++i) {
     const int64_t t = target.as<int64_t>()[i * target.strides[0]];
-    FC_CHECK(t == ignore_index || (t >= 0 && t < classes), "target[", i, "] is ", t, ", not one of ", classes,
+    FC_CHECK(t == a.ignore_index || (t >= 0 && t < a.classes), "target[", i, "] is ", t, ", not one of ", a.classes,
              " classes");
   }
-  return {logits.dtype, rows, classes, ignore_index, parse_reduction(reduction), label_smoothing};
 }
 
 void cross_entropy(const CrossEntropyProblem& a, const void* logits, const int64_t* target, const void* weight,

@@ -1,4 +1,4 @@
-#include "cpu/optimizer.h"
+#include "device/optimizer.h"
 
 #include <cmath>
 #include <numeric>

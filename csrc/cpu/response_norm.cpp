@@ -1,5 +1,5 @@
 // Pixels are independent; a chunk has some of them, and scratch rows for one.
-#include "cpu/response_norm.h"
+#include "device/response_norm.h"
 
 #include <algorithm>
 

@@ -49,21 +49,6 @@ thread_local std::optional<std::vector<Recorded>> recording;
 
 }  // namespace
 
-Direction parse_direction(const std::string& name) {
-  for (Direction direction : {Direction::kForward, Direction::kBackwardInput, Direction::kBackwardWeight})
-    if (name == name_of(direction)) return direction;
-  throw std::invalid_argument("direction must be 'forward', 'backward_input' or 'backward_weight', got '" + name + "'");
-}
-
-const char* name_of(Direction direction) {
-  switch (direction) {
-    case Direction::kForward: return "forward";
-    case Direction::kBackwardInput: return "backward_input";
-    case Direction::kBackwardWeight: return "backward_weight";
-  }
-  return "?";
-}
-
 void set_tuning(const std::string& source, const std::string& isa, const std::vector<TunedProblem>& problems) {
   auto table = std::make_unique<Tuning>();
   table->source = source;

@@ -11,9 +11,6 @@
 
 namespace fastconv::cpu {
 
-Direction parse_direction(const std::string& name);  // "forward", "backward_input" or "backward_weight"
-const char* name_of(Direction);
-
 struct TunedProblem {
   Conv2dProblem problem;
   Direction direction;

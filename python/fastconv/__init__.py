@@ -33,6 +33,7 @@ _MODULES = (
     "augment",
     "checkpoint",
     "cli",
+    "cuda",
     "data",
     "distributed",
     "functional",

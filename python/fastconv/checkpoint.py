@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastconv import cuda
+
 __all__ = [
     "atomic_write",
     "check_available",
@@ -43,7 +45,7 @@ def save_weights(
     path: str | PathLike[str], weights: Mapping[str, Any], info: Mapping[str, Any] | None = None
 ) -> None:
     """Writes a state_dict (anything numpy takes, by name) and JSON-able information about it."""
-    arrays = {name: np.asarray(value, order="C") for name, value in weights.items()}
+    arrays = {name: _host_array(value) for name, value in weights.items()}
     _write(path, arrays, {"kind": "weights", "info": dict(info or {})})
 
 
@@ -120,8 +122,12 @@ def _pack(value: Any, name: str, arrays: Arrays) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     key = name[:-1]
-    arrays[key] = np.asarray(value, order="C")
+    arrays[key] = _host_array(value)
     return {"$array": key}
+
+
+def _host_array(value: Any) -> NDArray[Any]:
+    return np.asarray(cuda.to_numpy(value) if cuda.is_device_array(value) else value, order="C")
 
 
 def _unpack(tree: Any, arrays: Arrays) -> Any:

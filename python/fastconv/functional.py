@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 
-from fastconv import init, ops
+from fastconv import cuda, init, ops
 from fastconv.ops._arrays import pair
 from fastconv.ops.dropout import check_mode, check_probability
 from fastconv.tensor import (
@@ -65,11 +65,9 @@ def conv2d(
     if activation is not None and activation not in _FROM_OUTPUT and records(inputs):
         y = conv2d(*inputs[:3], stride, padding, dilation, groups, residual=inputs[3])
         return activate(y, activation)
-    xd, wd = inputs[0].data, inputs[1].data
+    xd, wd, bd, rd = cuda.compute_operands(*map(_data, inputs))
     sizes = (stride, padding, dilation, groups)
-    y = ops.conv2d(
-        xd, wd, _data(inputs[2]), *sizes, activation=activation, residual=_data(inputs[3])
-    )
+    y = ops.conv2d(xd, wd, bd, *sizes, activation=activation, residual=rd)
 
     def backward(dy: Array, needs: Needs) -> Sequence[Array | None]:
         if activation is not None:
@@ -92,24 +90,24 @@ def conv_transpose2d(
 ) -> Tensor:
     """Transposed convolution: x[N,C,H,W], weight[C,K/groups,R,S] -> [N,K,P,Q]."""
     inputs = (as_tensor(x), as_tensor(weight), _optional(bias))
-    xd, wd = inputs[0].data, inputs[1].data
+    xd, wd, bd = cuda.compute_operands(*map(_data, inputs))
     sizes = (stride, padding, output_padding, groups, dilation)
 
     def backward(dy: Array, needs: Needs) -> Sequence[Array | None]:
         return ops.conv_transpose2d_backward(dy, xd, wd, *sizes, needs=needs)
 
-    return apply(ops.conv_transpose2d(xd, wd, _data(inputs[2]), *sizes), inputs, backward)
+    return apply(ops.conv_transpose2d(xd, wd, bd, *sizes), inputs, backward)
 
 
 def linear(x: Input, weight: Input, bias: Input | None = None) -> Tensor:
     """x[..., in] times weight[out, in] transposed, plus bias[out]."""
     inputs = (as_tensor(x), as_tensor(weight), _optional(bias))
-    xd, wd = inputs[0].data, inputs[1].data
+    xd, wd, bd = cuda.compute_operands(*map(_data, inputs))
 
     def backward(dy: Array, needs: Needs) -> Sequence[Array | None]:
         return ops.linear_backward(dy, xd, wd, needs=needs)
 
-    return apply(ops.linear(xd, wd, _data(inputs[2])), inputs, backward)
+    return apply(ops.linear(xd, wd, bd), inputs, backward)
 
 
 def batch_norm(
@@ -184,10 +182,17 @@ def batch_norm_max_pool2d(
 ) -> Tensor:
     """max_pool2d(batch_norm(x)) in training, for windows of at most 256 elements without overlap.
 
-    With the bits of the two operations, which would write the image in between.
+    With the bits of the two operations, which would write the image in between, and do on a CUDA
+    device.
     """
     check_activation(activation)
     inputs = (as_tensor(x), _optional(weight), _optional(bias))
+    if cuda.is_device_array(inputs[0].data):
+        normalised = batch_norm(
+            inputs[0], running_mean, running_var, weight, bias, True, momentum, eps,
+            activation=activation,
+        )  # fmt: skip
+        return max_pool2d(normalised, kernel_size, stride)
     xd, wd, bd = (_data(t) for t in inputs)
     y, places, mean, rstd = ops.batch_norm_max_pool_train(
         xd, wd, bd, running_mean, running_var, momentum, eps, kernel_size, stride,
@@ -272,14 +277,14 @@ def max_pool2d(
     """Largest value of each window, and its flat index in the H*W plane (int64) where asked for.
 
     For the backward a byte is kept for each value, and nothing of x (for kernels of more than 256
-    elements, x).
+    elements, and on a CUDA device, x).
     """
     x = as_tensor(x)
     sizes = (kernel_size, stride, padding, dilation, ceil_mode)
     where: dict[str, Any] = {}
     if return_indices:
         y, where["indices"] = ops.max_pool2d(x.data, *sizes, return_indices=True)
-    elif records((x,)) and math.prod(pair(kernel_size, "kernel_size")) <= 256:
+    elif _keeps_places(x, kernel_size):
         y, where["places"] = ops.max_pool2d(x.data, *sizes, return_places=True)
     else:
         y = ops.max_pool2d(x.data, *sizes)
@@ -290,6 +295,12 @@ def max_pool2d(
 
     pooled = apply(y, (x,), backward)
     return (pooled, where["indices"]) if return_indices else pooled
+
+
+def _keeps_places(x: Tensor, kernel_size: Pair) -> bool:
+    if cuda.is_device_array(x.data) or not records((x,)):
+        return False
+    return math.prod(pair(kernel_size, "kernel_size")) <= 256
 
 
 def avg_pool2d(
@@ -468,7 +479,7 @@ def cross_entropy(
     The result is a scalar, or [N] when reduction is "none".
     """
     logits = as_tensor(logits)
-    ld, td = logits.data, to_numpy(target)
+    ld, td = cuda.loss_operand(logits.data), to_numpy(target)
     settings = (
         None if weight is None else to_numpy(weight),
         ignore_index,
@@ -505,10 +516,13 @@ def channel_gate_by_mean(x: Input, gate_of: Callable[[Tensor], Tensor]) -> Tenso
     """channel_gate(x, gate_of(mean)), mean[N,C,1,1] that of each channel's plane.
 
     The backward writes the gradient of x once, its share through the gate and that through the mean
-    together: the operations one by one would write both, and read both to add them.
+    together: the operations one by one would write both, and read both to add them. On a CUDA
+    device they do.
     """
     x = as_tensor(x)
     xd = x.data
+    if cuda.is_device_array(xd):
+        return channel_gate(x, gate_of(adaptive_avg_pool2d(x, 1)))
     outer: list[tuple[Array, Array]] = []  # dy and gate, from the backward of the product
 
     def mean_backward(dmean: Array, _: Needs) -> Sequence[Array | None]:

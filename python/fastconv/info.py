@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, runtime, tuning
+from . import __version__, cuda, runtime, tuning
 
 
 def cpu_model() -> str:
@@ -35,6 +35,16 @@ def openmp_runtimes() -> list[str]:
     return sorted(p for p in paths if os.path.basename(p).startswith(names))
 
 
+def _gpu() -> str:
+    try:
+        device = cuda.device_info()
+    except RuntimeError as error:
+        return f"none: {str(error).removeprefix('no CUDA device: ')}"
+    return (
+        f"{device['name']}, compute capability {'.'.join(map(str, device['compute_capability']))}"
+    )
+
+
 def collect() -> dict[str, Any]:
     """Everything `fastconv info` shows, as plain values."""
     return {
@@ -49,7 +59,7 @@ def collect() -> dict[str, Any]:
         "cpus_usable": len(os.sched_getaffinity(0)),
         "openmp_runtimes": openmp_runtimes(),
         "tuning": tuning.loaded_tuning() or "none",
-        "gpu": "none: this version has CPU kernels only",
+        "gpu": _gpu(),
         "allocator": runtime.memory_stats(),
         "executable": sys.executable,
     }

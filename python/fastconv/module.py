@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fastconv.tensor import Array, Tensor, to_numpy
+from fastconv.tensor import Array, Tensor, device_of, move, to_numpy
 
 M = TypeVar("M", bound="Module")
 ForwardHook = Callable[["Module", tuple[Any, ...], Any], Any]
@@ -200,7 +200,7 @@ class Module:
             listing = "\n  ".join(sorted(problems))
             raise ValueError(f"state_dict does not fit {type(self).__name__}:\n  {listing}")
         for key, value in values.items():
-            own[key][...] = value
+            own[key][...] = move(value, device_of(own[key]))
         return KeyReport(missing, unexpected)
 
     def astype(self: M, dtype: npt.DTypeLike) -> M:
@@ -213,6 +213,35 @@ class Module:
                 if buffer.dtype.kind == "f":
                     setattr(module, name, buffer.astype(dtype))
         return self
+
+    @property
+    def device(self) -> str:
+        """Where the parameters are: "cpu" (a module without parameters, too) or "cuda"."""
+        first = next(self.parameters(), None)
+        return "cpu" if first is None else first.device
+
+    def to(self: M, device: str) -> M:
+        """Moves parameters and buffers to "cpu" or "cuda", and drops gradients.
+
+        Make optimisers afterwards: their state is made where the parameters are. Counters stay on
+        the CPU. RuntimeError, saying why, where there is no CUDA device.
+        """
+        for module in self.modules():
+            for value in vars(module).values():
+                if isinstance(value, Parameter):
+                    value.data, value.grad = move(value.data, device), None
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.dtype.kind == "f":
+                    setattr(module, name, move(buffer, device))
+        return self
+
+    def cpu(self: M) -> M:
+        """`to("cpu")`."""
+        return self.to("cpu")
+
+    def cuda(self: M) -> M:
+        """`to("cuda")`."""
+        return self.to("cuda")
 
     def float(self: M) -> M:
         """float32 throughout."""

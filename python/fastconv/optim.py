@@ -16,7 +16,7 @@ import numpy as np
 
 from fastconv import ops
 from fastconv.module import clear_grad
-from fastconv.tensor import Array, Tensor, in_form
+from fastconv.tensor import Array, Tensor, in_form, move
 
 Group: TypeAlias = dict[str, Any]
 Params: TypeAlias = "Iterable[Tensor] | Iterable[Group]"
@@ -197,7 +197,7 @@ def _copied_state(saved: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
     """A copy of the state of one parameter, arrays in the parameter's memory order."""
     state: dict[str, Any] = {}
     for name, value in saved.items():
-        if not isinstance(value, np.ndarray) or value.ndim == 0:
+        if not hasattr(value, "ndim") or value.ndim == 0:
             state[name] = int(value)
             continue
         if value.shape != param.shape:
@@ -205,7 +205,7 @@ def _copied_state(saved: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
                 f"{name} of shape {value.shape} does not fit a parameter of {param.shape}"
             )
         state[name] = np.empty_like(param.data)
-        state[name][...] = value
+        state[name][...] = move(value, param.device)
     return state
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import _C
+from . import _C, cuda
 from .ops._arrays import integer
 
 
@@ -33,6 +33,8 @@ def set_precision(precision: str) -> None:
     if precision not in _PRECISIONS:
         raise ValueError(f"precision must be one of {_PRECISIONS}, got {precision!r}")
     _C.set_strict_precision(precision == "strict")
+    if cuda.is_available():
+        cuda.kernels().set_strict_precision(precision == "strict")
 
 
 def get_precision() -> str:

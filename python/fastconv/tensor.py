@@ -32,7 +32,8 @@ from typing import Any, SupportsFloat, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fastconv import ops
+from fastconv import cuda, ops
+from fastconv.ops._arrays import operand
 
 Array: TypeAlias = npt.NDArray[Any]
 Needs: TypeAlias = tuple[bool, ...]
@@ -152,6 +153,31 @@ class Tensor:
         return self.data.dtype
 
     @property
+    def device(self) -> str:
+        """ "cpu" or "cuda"."""
+        return device_of(self.data)
+
+    def to(self, device: str) -> Tensor:
+        """The tensor on "cpu" or "cuda": itself where it is there, else a copy.
+
+        The gradient of the copy flows back to this tensor. RuntimeError, saying why, where "cuda"
+        is asked for and there is no CUDA device.
+        """
+        if device == self.device:
+            return self
+        here = self.device
+        moved = move(self.data, device)
+        return apply(moved, (self,), lambda dy, _: (move(dy, here),))
+
+    def cpu(self) -> Tensor:
+        """`to("cpu")`."""
+        return self.to("cpu")
+
+    def cuda(self) -> Tensor:
+        """`to("cuda")`."""
+        return self.to("cuda")
+
+    @property
     def is_leaf(self) -> bool:
         """True when no recorded operation computed this tensor."""
         return self._node is None
@@ -214,7 +240,7 @@ class Tensor:
                     f"backward() without grad needs one element, this tensor has shape {self.shape}"
                 )
             return np.ones_like(self.data)
-        seed = to_numpy(grad)
+        seed = move(to_numpy(grad), self.device)
         if seed.shape != self.shape:
             raise ValueError(f"grad has shape {seed.shape}, the tensor has shape {self.shape}")
         return in_form(seed, self.data)
@@ -247,15 +273,16 @@ class Tensor:
 
     def __repr__(self) -> str:
         note = ", requires_grad=True" if self.requires_grad else ""
-        return f"Tensor({np.array2string(self.data, separator=', ', prefix='Tensor(')}{note})"
+        on_device = self.device != "cpu"
+        numbers = move(self.data, "cpu") if on_device else self.data
+        note = (", device='cuda'" if on_device else "") + note
+        return f"Tensor({np.array2string(numbers, separator=', ', prefix='Tensor(')}{note})"
 
     # Arithmetic. Shapes broadcast as in numpy.
 
     def _operand(self, value: Any) -> Tensor:
         if isinstance(value, (int, float, np.generic)):
-            return Tensor(
-                np.asarray(value, self.dtype)
-            )  # a number never changes the tensor's dtype
+            return Tensor(cuda.scalar_like(value, self.data))  # a number never changes the dtype
         return as_tensor(value)
 
     def __add__(self, other: Any) -> Tensor:
@@ -325,7 +352,7 @@ def to_numpy(value: Any) -> Array:
     value: a Tensor, an array, a torch tensor, anything with DLPack. Python numbers and lists are
         copied, and their floats become float32.
     """
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) or cuda.is_device_array(value):
         return value
     if isinstance(value, Tensor):
         return value.data
@@ -333,10 +360,25 @@ def to_numpy(value: Any) -> Array:
         return np.asarray(value)
     if hasattr(value, "detach"):
         value = value.detach()  # a torch parameter refuses DLPack while it requires a gradient
-    if hasattr(value, "__dlpack__"):
-        return np.from_dlpack(value)
+    if hasattr(value, "__dlpack__") or hasattr(value, "__cuda_array_interface__"):
+        return operand(value, "value")
     array = np.asarray(value)
     return array.astype(np.float32) if array.dtype == np.float64 else array
+
+
+def device_of(array: Array) -> str:
+    """Where an array lies: "cpu" or "cuda"."""
+    return "cuda" if cuda.is_device_array(array) else "cpu"
+
+
+def move(array: Array, device: str) -> Array:
+    """The array on "cpu" or "cuda", in the same order of memory; itself where it is there."""
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    if device == device_of(array):
+        return array
+    moved: Array = cuda.array(array) if device == "cuda" else cuda.to_numpy(array)
+    return moved
 
 
 def as_tensor(value: Any) -> Tensor:
@@ -376,7 +418,7 @@ def apply(output: Any, inputs: Sequence[Tensor | None], backward: Backward) -> T
     Whatever `backward` has captured stays alive until it has run, and not at all when no input
     requires a gradient.
     """
-    result = Tensor(np.asarray(output))
+    result = Tensor(output if cuda.is_device_array(output) else np.asarray(output))
     if records(inputs):
         sources = tuple(
             None if t is None or not t.requires_grad else t if t._node is None else t._node
@@ -422,6 +464,12 @@ def _run_tape(root: _Node, seed: Array) -> None:
 
 def _are_alone(gradients: list[Array], dy: Array) -> list[bool]:
     """Of each gradient, whether its memory is its own: neither that of dy nor another one's."""
+    if any(map(cuda.is_device_array, (dy, *gradients))):
+        arrays = [dy, *gradients]
+        return [
+            not any(j != i and np.may_share_memory(dx, other) for j, other in enumerate(arrays))
+            for i, dx in enumerate(arrays)
+        ][1:]
     owners = [id(dx.base if isinstance(dx.base, np.ndarray) else dx) for dx in gradients]
     return [
         dx.flags.writeable and owners.count(owner) == 1 and not np.may_share_memory(dx, dy)
@@ -457,6 +505,8 @@ def in_form(grad: Array, like: Array | _Node) -> Array:
     if grad.dtype == like.dtype and _lies_as(grad.shape, grad.strides, grad.itemsize, like.strides):
         return grad
     order = memory_order(like.shape, like.strides)
+    if cuda.is_device_array(grad):
+        return cuda.in_order(grad, order, like.dtype)
     result = empty_in_order(like.shape, order, like.dtype)
     result[...] = grad
     return result
@@ -465,8 +515,11 @@ def in_form(grad: Array, like: Array | _Node) -> Array:
 def form_of(array: Array) -> Array:
     """An array of the shape, dtype and memory order of `array` with no memory behind it.
 
-    For backward functions that take an input for its form alone: its elements cannot be read.
+    For backward functions that take an input for its form alone: its elements cannot be read. On a
+    CUDA device it is the array itself.
     """
+    if cuda.is_device_array(array):
+        return array
     dtype = array.dtype.newbyteorder("=")
     strides, step = [0] * array.ndim, dtype.itemsize
     for d in reversed(memory_order(array.shape, array.strides)):
@@ -526,7 +579,7 @@ def _add_to(a: Array, b: Array) -> None:
     if a.dtype in (np.float32, np.float64):
         ops.add_to(a, b)
     else:
-        a += b
+        np.add(a, b, out=a)
 
 
 def _add(a: Tensor, b: Tensor) -> Tensor:

@@ -1,24 +1,9 @@
 // Elementwise kernels that every ISA provides, fp32 and fp64.
 #pragma once
 
-#include <cstdint>
+#include "core/elementwise.h"
 
 namespace fastconv::cpu {
-
-enum class Elementwise : uint8_t {
-  kReLU,
-  kReLU6,
-  kLeakyReLU,  // parameter: slope of the negative half
-  kELU,        // parameter: alpha
-  kSigmoid,
-  kTanh,
-  kSiLU,
-  kGELU,
-  kGELUTanh,
-  kHardsigmoid,
-  kHardswish,
-};
-constexpr int kElementwiseFunctions = 11;
 
 template <class T> struct ElementwiseKernels {
   // streaming: the result around the caches; it is aligned to a line.

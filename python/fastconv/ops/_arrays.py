@@ -1,8 +1,8 @@
-"""Arrays in and out: numpy, torch, and everything that speaks DLPack.
+"""Arrays in and out: numpy, torch, CuPy, and everything that speaks DLPack.
 
-The kernels see numpy arrays only. A function converts its arguments with :func:`to_numpy` (sharing
-memory) and hands its results back with :func:`like`, in the kind of its first argument, again
-sharing memory.
+The kernels see numpy arrays, or arrays of a CUDA device. A function converts its arguments with
+:func:`operand` (sharing memory), calls the device's kernels through :data:`kernels`, and hands its
+results back with :func:`like`, in the kind of its first argument, again sharing memory.
 """
 
 from __future__ import annotations
@@ -14,20 +14,56 @@ from typing import Any
 
 import numpy as np
 
-Array = Any  # numpy.ndarray, torch.Tensor, or any object with __dlpack__
+from .. import _C, cuda
 
-# numpy has no bfloat16: its bits under a name that the kernels know.
+Array = Any  # numpy.ndarray, torch.Tensor, fastconv.cuda.Array, or any object with __dlpack__
+
+# numpy has no bfloat16: its bits under a name that the CPU's kernels know.
 BFLOAT16 = np.dtype([("bfloat16", np.uint16)])
 
 
-def to_numpy(x: Array, name: str) -> np.ndarray:
-    """A numpy array that shares memory with `x` if its bytes are fit for the kernels, else a copy.
+def _on_device(x: Any) -> bool | None:
+    """Whether `x` is, or holds, an array of a CUDA device; None where it is no array."""
+    if isinstance(x, (list, tuple)):
+        return next((found for found in map(_on_device, x) if found is not None), None)
+    if isinstance(x, np.ndarray):
+        return False
+    return True if cuda.is_device_array(x) else None
 
-    TypeError for anything that is neither a numpy array nor an exporter of DLPack on the CPU, and
-    for bfloat16.
+
+_CUDA = (2, 13)  # DLPack's device types: memory of a GPU, and managed memory
+
+
+class _Kernels:
+    """The functions of the compiled modules: of the one for the device that the operands lie on."""
+
+    def __getattr__(self, name: str) -> Any:
+        on_cpu = getattr(_C, name)
+
+        def call(*operands: Any) -> Any:
+            places = {place for place in map(_on_device, operands) if place is not None}
+            if places == {True}:
+                return getattr(cuda.kernels(), name)(*operands)
+            if len(places) == 2:
+                raise TypeError(f"{name}: some arrays are on the CPU and some on a CUDA device")
+            return on_cpu(*operands)
+
+        setattr(self, name, call)
+        return call
+
+
+kernels = _Kernels()
+
+
+def operand(x: Array, name: str) -> Any:
+    """An array that shares memory with `x` if its bytes are fit for the kernels, else a copy.
+
+    A numpy array, or one of a CUDA device for an operand that lies there. TypeError for anything
+    else, and for bfloat16 on the CPU; RuntimeError for an operand on a CUDA device that this
+    library cannot use.
     """
     array = to_stored(x, name)
-    if array.dtype == BFLOAT16:
+    if isinstance(array, np.ndarray) and array.dtype == BFLOAT16:
         raise TypeError(
             f"{name} is bfloat16, which is supported by the forward pass of conv2d alone "
             "(3x3 and 5x5 kernels at stride 1): use float32"
@@ -35,10 +71,14 @@ def to_numpy(x: Array, name: str) -> np.ndarray:
     return array
 
 
-def to_stored(x: Array, name: str) -> np.ndarray:
-    """As :func:`to_numpy`; bfloat16, of torch or of the package ml_dtypes, becomes BFLOAT16."""
+def to_stored(x: Array, name: str) -> Any:
+    """As :func:`operand`; bfloat16, of torch or of the package ml_dtypes, becomes BFLOAT16."""
+    if cuda.is_device_array(x):
+        return x
     if not isinstance(x, np.ndarray):
         x = _from_dlpack(x, name)
+        if cuda.is_device_array(x):
+            return x
     if x.dtype.name == "bfloat16":
         x = x.view(BFLOAT16)
     if x.dtype.isnative and x.flags.aligned:
@@ -48,7 +88,9 @@ def to_stored(x: Array, name: str) -> np.ndarray:
     return x.astype(x.dtype.newbyteorder("="), order="K", copy=True)
 
 
-def _from_dlpack(x: Array, name: str) -> np.ndarray:
+def _from_dlpack(x: Array, name: str) -> Any:
+    if hasattr(x, "__cuda_array_interface__") and not hasattr(x, "__dlpack__"):
+        return cuda.from_foreign(x, name)
     if isinstance(x, np.generic) or not hasattr(x, "__dlpack__"):
         raise TypeError(
             f"{name} must be a numpy array, a torch tensor or another DLPack exporter, "
@@ -62,8 +104,11 @@ def _from_dlpack(x: Array, name: str) -> np.ndarray:
             )
         x = x.detach()  # inside a torch.autograd.Function, or under no_grad: nothing is recorded
     device = x.__dlpack_device__()
+    if int(device[0]) in _CUDA:
+        return cuda.from_foreign(x, name)
     if int(device[0]) != 1:
-        raise TypeError(f"{name} must be on the CPU, got DLPack device {tuple(map(int, device))}")
+        place = tuple(map(int, device))
+        raise TypeError(f"{name} must be on the CPU or a CUDA device, got DLPack device {place}")
     try:
         if str(getattr(x, "dtype", None)) == "torch.bfloat16":
             return np.from_dlpack(x.view(sys.modules["torch"].int16)).view(BFLOAT16)
@@ -72,8 +117,10 @@ def _from_dlpack(x: Array, name: str) -> np.ndarray:
         raise TypeError(f"{name} cannot be read through DLPack: {error}") from error
 
 
-def like(y: np.ndarray, x: Array) -> Array:
+def like(y: Any, x: Array) -> Array:
     """`y` as the kind of array that `x` is, sharing memory."""
+    if cuda.is_device_array(x):
+        return y
     if isinstance(x, np.ndarray):
         return y if y.dtype != BFLOAT16 else y.view(x.dtype)
     top = type(x).__module__.partition(".")[0]

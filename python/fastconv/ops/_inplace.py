@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from ._arrays import Array, to_numpy
+from .. import cuda
+from ._arrays import Array, operand
 
 
-def writable(x: Array, name: str) -> np.ndarray:
-    """The numpy view of `x` through which it can be written. ValueError where that cannot be:
+def writable(x: Array, name: str) -> Any:
+    """The view of `x` through which it can be written. ValueError where that cannot be:
     read-only memory, or bytes (unaligned, foreign byte order) that kernels would have to copy."""
-    array = to_numpy(x, name)
+    array = operand(x, name)
+    if cuda.is_device_array(array):
+        return array
     if isinstance(x, np.ndarray) and array is not x:
         raise ValueError(f"{name} must be aligned and in native byte order to be updated in place")
     # torch's tensors can always be written; its older versions export them with a flag that numpy

@@ -11,17 +11,18 @@ values.
 
 from __future__ import annotations
 
-from .. import _C
-from ._arrays import Array, like, to_numpy
+from ._arrays import Array, kernels, like, operand
 from ._inplace import writable
 
 
 def _forward(name: str, x: Array, parameter: float = 0.0) -> Array:
-    return like(_C.elementwise(name, to_numpy(x, "input"), float(parameter)), x)
+    return like(kernels.elementwise(name, operand(x, "input"), float(parameter)), x)
 
 
 def _backward(name: str, dy: Array, x: Array, parameter: float = 0.0) -> Array:
-    dx = _C.elementwise_backward(name, to_numpy(dy, "dy"), to_numpy(x, "input"), float(parameter))
+    dx = kernels.elementwise_backward(
+        name, operand(dy, "dy"), operand(x, "input"), float(parameter)
+    )
     return like(dx, dy)
 
 
@@ -137,9 +138,9 @@ def gelu_backward(dy: Array, x: Array, approximate: str = "none") -> Array:
 
 def add(a: Array, b: Array) -> Array:
     """a + b, same shape and dtype, laid out like a. There is no broadcasting."""
-    return like(_C.add(to_numpy(a, "a"), to_numpy(b, "b")), a)
+    return like(kernels.add(operand(a, "a"), operand(b, "b")), a)
 
 
 def add_to(a: Array, b: Array) -> None:
     """a += b, same shape and dtype, in place. ValueError also unless a is dense and writable."""
-    _C.add_to(writable(a, "a"), to_numpy(b, "b"))
+    kernels.add_to(writable(a, "a"), operand(b, "b"))

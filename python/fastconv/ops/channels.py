@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .. import _C
-from ._arrays import Array, integer, like, to_numpy
+from ._arrays import Array, integer, kernels, like, operand
 
 
 def cat(arrays: Sequence[Array], dim: int = 1) -> Array:
@@ -22,7 +21,7 @@ def cat(arrays: Sequence[Array], dim: int = 1) -> Array:
     """
     if not arrays:
         raise ValueError("cat needs at least one array, got none")
-    joined = _C.cat([to_numpy(a, "input") for a in arrays], integer(dim, "dim"))
+    joined = kernels.cat([operand(a, "input") for a in arrays], integer(dim, "dim"))
     return like(joined, arrays[0])
 
 
@@ -32,7 +31,7 @@ def cat_backward(dy: Array, sizes: Sequence[int], dim: int = 1) -> tuple[Array, 
     Raises ValueError unless the sizes add up to the size of dy.
     """
     numbers = [integer(size, "sizes") for size in sizes]
-    parts = _C.cat_backward(to_numpy(dy, "dy"), numbers, integer(dim, "dim"))
+    parts = kernels.cat_backward(operand(dy, "dy"), numbers, integer(dim, "dim"))
     return tuple(like(part, dy) for part in parts)
 
 
@@ -40,10 +39,11 @@ def channel_gate(x: Array, gate: Array, bias: Array | None = None) -> Array:
     """x * gate + bias: x (N, C, H, W), gate and bias (N, C, 1, 1), float32 or float64.
 
     Laid out like x. The scaling step of squeeze and excitation (Hu et al., arXiv 1709.01507,
-    equation 4), and with a bias its gradient: through the gate, and through the mean.
+    equation 4), and with a bias its gradient: through the gate, and through the mean. A bias is
+    not supported on a CUDA device (TypeError).
     """
-    addend = None if bias is None else to_numpy(bias, "bias")
-    return like(_C.channel_gate(to_numpy(x, "input"), to_numpy(gate, "gate"), addend), x)
+    addend = None if bias is None else operand(bias, "bias")
+    return like(kernels.channel_gate(operand(x, "input"), operand(gate, "gate"), addend), x)
 
 
 def channel_gate_backward(
@@ -56,7 +56,7 @@ def channel_gate_backward(
     flags = [bool(flag) for flag in needs]
     if len(flags) != 2:
         raise ValueError(f"needs must have 2 flags, got {needs!r}")
-    dx, dgate = _C.channel_gate_backward(
-        to_numpy(dy, "dy"), to_numpy(x, "input"), to_numpy(gate, "gate"), flags
+    dx, dgate = kernels.channel_gate_backward(
+        operand(dy, "dy"), operand(x, "input"), operand(gate, "gate"), flags
     )
     return None if dx is None else like(dx, dy), None if dgate is None else like(dgate, dy)

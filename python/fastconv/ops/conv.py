@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import _C
-from ._arrays import Array, integer, like, pair, to_numpy, to_stored
+from .. import _C, cuda
+from ._arrays import Array, integer, kernels, like, operand, pair, to_stored
 
 PaddingLike = Any  # int, (h, w), ((top, bottom), (left, right)), "same" or "valid"
 
@@ -71,7 +71,7 @@ def conv2d(
         ValueError: shapes, sizes or groups that do not fit together; the message has the values.
         TypeError: wrong or different dtypes, a parameter that is not an integer.
     """
-    y = _C.conv2d(
+    y = kernels.conv2d(
         to_stored(x, "input"),
         to_stored(w, "weight"),
         None if bias is None else to_stored(bias, "bias"),
@@ -101,10 +101,10 @@ def conv2d_backward(
     dy has the shape of y and is the gradient before the activation. dx has x's shape and layout, dw
     those of w, db is (K,): the sum of dy over batch and pixels.
     """
-    gradients = _C.conv2d_backward(
-        to_numpy(dy, "dy"),
-        to_numpy(x, "input"),
-        to_numpy(w, "weight"),
+    gradients = kernels.conv2d_backward(
+        operand(dy, "dy"),
+        operand(x, "input"),
+        operand(w, "weight"),
         pair(stride, "stride"),
         padding_sides(padding),
         pair(dilation, "dilation"),
@@ -131,10 +131,10 @@ def conv_transpose2d(
     P = (H - 1) * stride - 2 * padding + dilation * (R - 1) + output_padding + 1.
     Raises as :func:`conv2d`; output_padding must be smaller than stride or dilation.
     """
-    y = _C.conv_transpose2d(
-        to_numpy(x, "input"),
-        to_numpy(w, "weight"),
-        None if bias is None else to_numpy(bias, "bias"),
+    y = kernels.conv_transpose2d(
+        operand(x, "input"),
+        operand(w, "weight"),
+        None if bias is None else operand(bias, "bias"),
         pair(stride, "stride"),
         pair(padding, "padding"),
         pair(output_padding, "output_padding"),
@@ -157,10 +157,10 @@ def conv_transpose2d_backward(
     needs: Any = (True, True, True),
 ) -> tuple[Array, Array, Array]:
     """(dx, dw, db) of :func:`conv_transpose2d`; None where not needed. dy has the shape of y."""
-    gradients = _C.conv_transpose2d_backward(
-        to_numpy(dy, "dy"),
-        to_numpy(x, "input"),
-        to_numpy(w, "weight"),
+    gradients = kernels.conv_transpose2d_backward(
+        operand(dy, "dy"),
+        operand(x, "input"),
+        operand(w, "weight"),
         pair(stride, "stride"),
         pair(padding, "padding"),
         pair(output_padding, "output_padding"),
@@ -183,22 +183,27 @@ def explain(
     *,
     dtype: str = "float32",
     direction: str = "forward",
+    device: str = "cpu",
 ) -> list[tuple[str, str | None]]:
     """Which implementation of "conv2d" will run, and why each faster one declines.
 
     Returns (name, reason) rows, fastest first; the last one, with reason None, is the one that
-    runs. direction: "forward", "backward_input" or "backward_weight".
+    runs. direction: "forward", "backward_input" or "backward_weight". device: "cpu", or "cuda",
+    which knows the dtype "float16", too; "bfloat16" is known to both.
     """
     if op != "conv2d":
         raise ValueError(f"explain knows 'conv2d', got {op!r}")
-    rows = _C.explain_conv2d(
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    module = cuda.kernels() if device == "cuda" else _C
+    rows = module.explain_conv2d(
         [integer(v, "x_shape") for v in x_shape],
         [integer(v, "w_shape") for v in w_shape],
         pair(stride, "stride"),
         padding_sides(padding),
         pair(dilation, "dilation"),
         integer(groups, "groups"),
-        dtype if dtype == "bfloat16" else str(np.dtype(dtype)),
+        cuda.dtype_name(dtype),
         direction,
     )
     return [(name, reason or None) for name, reason in rows]
@@ -213,7 +218,7 @@ def conv2d_output_shape(
     groups: int = 1,
 ) -> tuple[int, int, int, int]:
     """(N, K, P, Q) of :func:`conv2d` for these shapes; raises as conv2d does."""
-    n, k, p, q = _C.conv2d_output_shape(
+    n, k, p, q = kernels.conv2d_output_shape(
         [integer(v, "x_shape") for v in x_shape],
         [integer(v, "w_shape") for v in w_shape],
         pair(stride, "stride"),

@@ -12,8 +12,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from .. import _C
-from ._arrays import Array, like, to_numpy
+from ._arrays import Array, kernels, like, operand
 
 
 def _word(value: Any, name: str) -> int:
@@ -51,8 +50,8 @@ def dropout(
     Raises ValueError unless 0 <= p <= 1, and unless seed and offset are in [0, 2**64).
     """
     probability = check_probability("dropout", p)
-    y = _C.dropout(
-        to_numpy(x, "input"),
+    y = kernels.dropout(
+        operand(x, "input"),
         probability if training else 0.0,
         _word(seed, "seed"),
         _word(offset, "offset"),
@@ -78,8 +77,8 @@ def stochastic_depth(
     """
     check_mode(mode)
     probability = check_probability("drop", p)
-    y = _C.stochastic_depth(
-        to_numpy(x, "input"),
+    y = kernels.stochastic_depth(
+        operand(x, "input"),
         probability if training else 0.0,
         mode == "row",
         _word(seed, "seed"),

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import _C
-from ._arrays import Array, like, to_numpy
+from ._arrays import Array, kernels, like, operand
 
 
 def linear(x: Array, w: Array, bias: Array | None = None) -> Array:
     """x w^T + bias, as torch.nn.functional.linear."""
-    y = _C.linear(
-        to_numpy(x, "input"),
-        to_numpy(w, "weight"),
-        None if bias is None else to_numpy(bias, "bias"),
+    y = kernels.linear(
+        operand(x, "input"),
+        operand(w, "weight"),
+        None if bias is None else operand(bias, "bias"),
     )
     return like(y, x)
 
@@ -30,8 +29,8 @@ def linear_backward(
     flags = [bool(flag) for flag in needs]
     if len(flags) != 3:
         raise ValueError(f"needs must have 3 flags, got {needs!r}")
-    gradients = _C.linear_backward(
-        to_numpy(dy, "dy"), to_numpy(x, "input"), to_numpy(w, "weight"), flags
+    gradients = kernels.linear_backward(
+        operand(dy, "dy"), operand(x, "input"), operand(w, "weight"), flags
     )
     dx, dw, db = (None if g is None else like(g, dy) for g in gradients)
     return dx, dw, db

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import _C
-from ._arrays import Array, integer, like, to_numpy
+from .. import cuda
+from ._arrays import Array, integer, kernels, like, operand
 
 
 def _along(kernel: Any, arrays: tuple[np.ndarray, ...], dim: int, logarithm: bool) -> np.ndarray:
@@ -24,30 +24,32 @@ def _along(kernel: Any, arrays: tuple[np.ndarray, ...], dim: int, logarithm: boo
 
 def softmax(x: Array, dim: int = -1) -> Array:
     """exp(x) scaled to sum 1 along `dim`. Any shape; a dense array's order of memory is kept."""
-    return like(_along(_C.softmax, (to_numpy(x, "input"),), dim, False), x)
+    return like(_along(kernels.softmax, (operand(x, "input"),), dim, False), x)
 
 
 def softmax_backward(dy: Array, y: Array, dim: int = -1) -> Array:
     """dx = y (dy - sum of dy y along dim), from the output y of :func:`softmax`."""
-    arrays = to_numpy(dy, "dy"), to_numpy(y, "y")
-    return like(_along(_C.softmax_backward, arrays, dim, False), dy)
+    arrays = operand(dy, "dy"), operand(y, "y")
+    return like(_along(kernels.softmax_backward, arrays, dim, False), dy)
 
 
 def log_softmax(x: Array, dim: int = -1) -> Array:
     """Logarithm of :func:`softmax`: x - max - log(sum of exp(x - max)) along `dim`."""
-    return like(_along(_C.softmax, (to_numpy(x, "input"),), dim, True), x)
+    return like(_along(kernels.softmax, (operand(x, "input"),), dim, True), x)
 
 
 def log_softmax_backward(dy: Array, y: Array, dim: int = -1) -> Array:
     """dx = dy - exp(y) (sum of dy along dim), from the output y of :func:`log_softmax`."""
-    arrays = to_numpy(dy, "dy"), to_numpy(y, "y")
-    return like(_along(_C.softmax_backward, arrays, dim, True), dy)
+    arrays = operand(dy, "dy"), operand(y, "y")
+    return like(_along(kernels.softmax_backward, arrays, dim, True), dy)
 
 
-def _targets(target: Array) -> np.ndarray:
-    classes = to_numpy(target, "target")
+def _targets(target: Array) -> Any:
+    classes = operand(target, "target")
     if classes.dtype.kind not in "iu":
         raise TypeError(f"target must hold integers, got dtype {classes.dtype}")
+    if cuda.is_device_array(classes):
+        return cuda.cast(classes, np.int64)
     if classes.dtype == np.uint64 and classes.size and classes.max() >= 2**63:
         raise ValueError(f"target is out of range: {classes.max()}")
     return classes.astype(np.int64, copy=False)
@@ -75,10 +77,10 @@ def cross_entropy(
     Returns:
         The loss, of shape (), or (N,) with "none".
     """
-    loss = _C.cross_entropy(
-        to_numpy(logits, "logits"),
+    loss = kernels.cross_entropy(
+        operand(logits, "logits"),
         _targets(target),
-        None if weight is None else to_numpy(weight, "weight"),
+        None if weight is None else operand(weight, "weight"),
         integer(ignore_index, "ignore_index"),
         reduction,
         float(label_smoothing),
@@ -96,16 +98,16 @@ def cross_entropy_backward(
     label_smoothing: float = 0.0,
 ) -> Array:
     """dlogits of :func:`cross_entropy`. dloss: a number, or (N,) with reduction "none"."""
-    array = to_numpy(logits, "logits")
+    array = operand(logits, "logits")
     if isinstance(dloss, (int, float, np.generic)):
-        gradient = np.asarray(dloss, array.dtype)
+        gradient = cuda.scalar_like(dloss, array)
     else:
-        gradient = to_numpy(dloss, "dloss")
-    dlogits = _C.cross_entropy_backward(
+        gradient = operand(dloss, "dloss")
+    dlogits = kernels.cross_entropy_backward(
         gradient,
         array,
         _targets(target),
-        None if weight is None else to_numpy(weight, "weight"),
+        None if weight is None else operand(weight, "weight"),
         integer(ignore_index, "ignore_index"),
         reduction,
         float(label_smoothing),

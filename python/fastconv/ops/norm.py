@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import _C
-from ._arrays import Array, integer, like, pair, to_numpy
+from ._arrays import Array, integer, kernels, like, operand, pair
 from ._inplace import writable
 
 
@@ -27,11 +26,11 @@ def _image(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def _optional(x: Array | None, name: str) -> np.ndarray | None:
-    return None if x is None else to_numpy(x, name)
+    return None if x is None else operand(x, name)
 
 
 def _optional_image(x: Array | None, name: str) -> np.ndarray | None:
-    return None if x is None else _image(to_numpy(x, name), name)
+    return None if x is None else _image(operand(x, name), name)
 
 
 def _with_rank(image: np.ndarray, ndim: int) -> np.ndarray:
@@ -80,11 +79,11 @@ def batch_norm(
         )[0]
     if running_mean is None or running_var is None:
         raise ValueError("running_mean and running_var must be given unless training")
-    array = to_numpy(x, "input")
-    y = _C.batch_norm_eval(
+    array = operand(x, "input")
+    y = kernels.batch_norm_eval(
         _image(array, "input"),
-        to_numpy(running_mean, "running_mean"),
-        to_numpy(running_var, "running_var"),
+        operand(running_mean, "running_mean"),
+        operand(running_var, "running_var"),
         _optional(weight, "weight"),
         _optional(bias, "bias"),
         float(eps),
@@ -114,8 +113,8 @@ def batch_norm_train(
     moments: (M, mean, squares) of the whole batch where x is a part of it: its values per channel,
         and what :func:`batch_norm_moments` gives for it. ValueError when M is 1 or below that of x.
     """
-    array = to_numpy(x, "input")
-    y, mean, rstd = _C.batch_norm_train(
+    array = operand(x, "input")
+    y, mean, rstd = kernels.batch_norm_train(
         _image(array, "input"),
         _optional(weight, "weight"),
         _optional(bias, "bias"),
@@ -129,8 +128,8 @@ def batch_norm_train(
         if moments is None
         else (
             integer(moments[0], "count"),
-            to_numpy(moments[1], "mean"),
-            to_numpy(moments[2], "squares"),
+            operand(moments[1], "mean"),
+            operand(moments[2], "squares"),
         ),
     )
     return like(_with_rank(y, array.ndim), x), like(mean, x), like(rstd, x)
@@ -138,7 +137,7 @@ def batch_norm_train(
 
 def batch_norm_moments(x: Array) -> Array:
     """(2, C) float64: the mean of each channel, and its sum of squared distances from the mean."""
-    return like(_C.batch_norm_moments(_image(to_numpy(x, "input"), "input")), x)
+    return like(kernels.batch_norm_moments(_image(operand(x, "input"), "input")), x)
 
 
 def batch_norm_backward(
@@ -164,13 +163,13 @@ def batch_norm_backward(
     flags = [bool(flag) for flag in needs]
     if len(flags) != 4:
         raise ValueError(f"needs must have 4 flags, got {needs!r}")
-    array = to_numpy(x, "input")
-    dx, dweight, dbias, dresidual = _C.batch_norm_backward(
-        _image(to_numpy(dy, "dy"), "dy"),
+    array = operand(x, "input")
+    dx, dweight, dbias, dresidual = kernels.batch_norm_backward(
+        _image(operand(dy, "dy"), "dy"),
         _image(array, "input"),
         _optional(weight, "weight"),
-        to_numpy(mean, "mean"),
-        to_numpy(rstd, "rstd"),
+        operand(mean, "mean"),
+        operand(rstd, "rstd"),
         _optional(bias, "bias"),
         _optional_image(residual, "residual"),
         activation or "",
@@ -202,13 +201,13 @@ def batch_norm_backward_sums(
     dz (x - mean). So dbias of this part is sums[0], and dweight is sums[1] * rstd. dresidual is dz;
     None without a residual.
     """
-    array = to_numpy(x, "input")
-    sums, dresidual = _C.batch_norm_backward_sums(
-        _image(to_numpy(dy, "dy"), "dy"),
+    array = operand(x, "input")
+    sums, dresidual = kernels.batch_norm_backward_sums(
+        _image(operand(dy, "dy"), "dy"),
         _image(array, "input"),
         _optional(weight, "weight"),
-        to_numpy(mean, "mean"),
-        to_numpy(rstd, "rstd"),
+        operand(mean, "mean"),
+        operand(rstd, "rstd"),
         _optional(bias, "bias"),
         _optional_image(residual, "residual"),
         activation or "",
@@ -236,16 +235,16 @@ def batch_norm_backward_input(
 
     Where the forward had a residual, give dresidual of the first half as dy, and no activation.
     """
-    array = to_numpy(x, "input")
-    both = to_numpy(sums, "sums")
+    array = operand(x, "input")
+    both = operand(sums, "sums")
     if both.ndim != 2 or len(both) != 2:
         raise ValueError(f"sums must have shape (2, C), got {both.shape}")
-    dx = _C.batch_norm_backward_input(
-        _image(to_numpy(dy, "dy"), "dy"),
+    dx = kernels.batch_norm_backward_input(
+        _image(operand(dy, "dy"), "dy"),
         _image(array, "input"),
         _optional(weight, "weight"),
-        to_numpy(mean, "mean"),
-        to_numpy(rstd, "rstd"),
+        operand(mean, "mean"),
+        operand(rstd, "rstd"),
         both[0],
         both[1],
         integer(count, "count"),
@@ -273,11 +272,11 @@ def batch_norm_max_pool_train(
     Without the normalised image in memory, and with the bits of the two. No padding; windows have
     at most 256 elements, and should not overlap: rows that two of them share are normalised twice.
     Returns (y, places, mean, rstd), y and places those of max_pool2d. The backward is that of
-    max_pool2d, then :func:`batch_norm_backward`.
+    max_pool2d, then :func:`batch_norm_backward`. Not on a CUDA device: TypeError.
     """
     kernel = pair(kernel_size, "kernel_size")
-    y, places, mean, rstd = _C.batch_norm_max_pool_train(
-        to_numpy(x, "input"),
+    y, places, mean, rstd = kernels.batch_norm_max_pool_train(
+        operand(x, "input"),
         _optional(weight, "weight"),
         _optional(bias, "bias"),
         None if running_mean is None else writable(running_mean, "running_mean"),

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .. import _C
-from ._arrays import Array, integer, to_numpy
+from ._arrays import Array, integer, kernels, operand
 from ._inplace import writable
 
 
@@ -22,7 +21,7 @@ def _all_writable(arrays: Sequence[Array], name: str) -> list[np.ndarray]:
 
 
 def _gradients(grads: Sequence[Array | None]) -> list[np.ndarray | None]:
-    return [None if g is None else to_numpy(g, f"gradient {i}") for i, g in enumerate(grads)]
+    return [None if g is None else operand(g, f"gradient {i}") for i, g in enumerate(grads)]
 
 
 def _per_parameter(value: float | Sequence[float], count: int) -> list[float]:
@@ -55,7 +54,7 @@ def sgd_step(
         first: this is the first step of these parameters, which sets m = d.
         gradient_scale: the factor of a clipped or summed gradient.
     """
-    _C.sgd_step(
+    kernels.sgd_step(
         _all_writable(params, "parameter"),
         _gradients(grads),
         None if momenta is None else _all_writable(momenta, "momentum"),
@@ -93,7 +92,7 @@ def adamw_step(
         exp_avg, exp_avg_sq: m and v. step: number of this step, from 1.
         weight_decay: one number, or one a parameter.
     """
-    _C.adamw_step(
+    kernels.adamw_step(
         _all_writable(params, "parameter"),
         _gradients(grads),
         _all_writable(exp_avg, "exp_avg"),
@@ -113,7 +112,7 @@ def gradient_norm(grads: Sequence[Array | None]) -> float:
 
     float32 or float64 arrays with any strides. The same bits for every number of threads.
     """
-    return _C.gradient_norm([g for g in _gradients(grads) if g is not None])
+    return kernels.gradient_norm([g for g in _gradients(grads) if g is not None])
 
 
 def move_towards(averages: Sequence[Array], values: Sequence[Array], share: float) -> None:
@@ -122,5 +121,5 @@ def move_towards(averages: Sequence[Array], values: Sequence[Array], share: floa
     A step of an exponential moving average with decay 1 - share. The pairs are float32 or float64
     arrays of the same shape, averages dense in any order of dimensions, values with any strides.
     """
-    targets = [to_numpy(value, f"value {i}") for i, value in enumerate(values)]
-    _C.move_towards(_all_writable(averages, "average"), targets, float(share))
+    targets = [operand(value, f"value {i}") for i, value in enumerate(values)]
+    kernels.move_towards(_all_writable(averages, "average"), targets, float(share))

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import _C
-from ._arrays import Array, integer, like, pair, to_numpy
+from ._arrays import Array, integer, kernels, like, operand, pair
 
 Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
@@ -50,15 +49,15 @@ def max_pool2d(
         return_indices: also return where the maxima are: int64, flat index in the H * W plane.
         return_places: in their stead a byte each, which is all that the backward needs of x: uint8,
             the number of the maximum among the elements of its window that lie in the image. For
-            kernels of at most 256 elements.
+            kernels of at most 256 elements; not on a CUDA device (TypeError).
 
     Returns:
         y, or (y, indices) or (y, places) of the same shape and layout.
     """
     if return_indices and return_places:
         raise ValueError("return_indices and return_places exclude each other, got both")
-    y, where = _C.max_pool2d(
-        to_numpy(x, "input"),
+    y, where = kernels.max_pool2d(
+        operand(x, "input"),
         *_window(kernel_size, stride, padding),
         pair(dilation, "dilation"),
         bool(ceil_mode),
@@ -86,14 +85,14 @@ def max_pool2d_backward(
     ValueError if one lies outside the plane) or `places` (uint8, likewise; a number beyond the
     window's last drops its dy), and then x gives only shape and layout.
     """
-    dx = _C.max_pool2d_backward(
-        to_numpy(dy, "dy"),
-        to_numpy(x, "input"),
+    dx = kernels.max_pool2d_backward(
+        operand(dy, "dy"),
+        operand(x, "input"),
         *_window(kernel_size, stride, padding),
         pair(dilation, "dilation"),
         bool(ceil_mode),
-        None if indices is None else to_numpy(indices, "indices"),
-        None if places is None else to_numpy(places, "places"),
+        None if indices is None else operand(indices, "indices"),
+        None if places is None else operand(places, "places"),
     )
     return like(dx, dy)
 
@@ -113,8 +112,8 @@ def avg_pool2d(
     (not those that ceil_mode adds beyond it); else, with count_include_pad=False, those in the
     image.
     """
-    y = _C.avg_pool2d(
-        to_numpy(x, "input"),
+    y = kernels.avg_pool2d(
+        operand(x, "input"),
         *_window(kernel_size, stride, padding),
         bool(ceil_mode),
         bool(count_include_pad),
@@ -134,9 +133,9 @@ def avg_pool2d_backward(
     divisor_override: int | None = None,
 ) -> Array:
     """dx of :func:`avg_pool2d`: each dy spread over its window. x gives only shape and layout."""
-    dx = _C.avg_pool2d_backward(
-        to_numpy(dy, "dy"),
-        to_numpy(x, "input"),
+    dx = kernels.avg_pool2d_backward(
+        operand(dy, "dy"),
+        operand(x, "input"),
         *_window(kernel_size, stride, padding),
         bool(ceil_mode),
         bool(count_include_pad),
@@ -165,13 +164,13 @@ def adaptive_avg_pool2d(x: Array, output_size: Any) -> Array:
     Window i of an axis is floor(i size / outputs) .. ceil((i + 1) size / outputs) - 1. output_size:
     int or (height, width); None is the size of the input.
     """
-    array = to_numpy(x, "input")
-    return like(_C.adaptive_avg_pool2d(array, _output_size(output_size, array.shape)), x)
+    array = operand(x, "input")
+    return like(kernels.adaptive_avg_pool2d(array, _output_size(output_size, array.shape)), x)
 
 
 def adaptive_avg_pool2d_backward(dy: Array, x: Array) -> Array:
     """dx of :func:`adaptive_avg_pool2d`; dy has the output's size, x gives only its shape."""
-    return like(_C.adaptive_avg_pool2d_backward(to_numpy(dy, "dy"), to_numpy(x, "input")), dy)
+    return like(kernels.adaptive_avg_pool2d_backward(operand(dy, "dy"), operand(x, "input")), dy)
 
 
 def global_avg_pool2d(x: Array) -> Array:
@@ -181,7 +180,7 @@ def global_avg_pool2d(x: Array) -> Array:
 
 def global_avg_pool2d_backward(dy: Array, x: Array) -> Array:
     """dx of :func:`global_avg_pool2d`; dy (N, C, 1, 1), x gives shape and layout only."""
-    gradient: np.ndarray = to_numpy(dy, "dy")
+    gradient: np.ndarray = operand(dy, "dy")
     if gradient.shape[2:] != (1, 1):
         raise ValueError(f"dy must have shape (N, C, 1, 1), got {gradient.shape}")
     return adaptive_avg_pool2d_backward(dy, x)

@@ -9,8 +9,7 @@ TypeError for wrong dtypes and a size that is no integer.
 
 from __future__ import annotations
 
-from .. import _C
-from ._arrays import Array, integer, like, to_numpy
+from ._arrays import Array, integer, kernels, like, operand
 
 
 def local_response_norm(
@@ -22,7 +21,7 @@ def local_response_norm(
     pixel, as far as they exist. The paper's alpha is not divided by the size.
     """
     settings = (integer(size, "size"), float(alpha), float(beta), float(k))
-    return like(_C.local_response_norm(to_numpy(x, "input"), *settings), x)
+    return like(kernels.local_response_norm(operand(x, "input"), *settings), x)
 
 
 def local_response_norm_backward(
@@ -30,5 +29,5 @@ def local_response_norm_backward(
 ) -> Array:
     """dx of :func:`local_response_norm`, laid out like x; the sums are computed again from x."""
     settings = (integer(size, "size"), float(alpha), float(beta), float(k))
-    dx = _C.local_response_norm_backward(to_numpy(dy, "dy"), to_numpy(x, "input"), *settings)
+    dx = kernels.local_response_norm_backward(operand(dy, "dy"), operand(x, "input"), *settings)
     return like(dx, dy)

@@ -17,6 +17,7 @@ __all__ = ["TrainConfig", "load_config"]
 
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
+DEVICES = ("cpu", "cuda")
 # What the configuration leaves open, by optimiser and by data set.
 _LR = {"adamw": 2e-3, "sgd": 0.05}
 _WEIGHT_DECAY = {"adamw": 1e-2, "sgd": 5e-4}
@@ -66,6 +67,7 @@ class TrainConfig:
     hue: float = 0.0
     cutout: int = 0
     seed: int = 0
+    device: str = "cpu"  # or "cuda"
     threads: int | None = None  # no influence on the bits
     log_every: int = 10  # steps between two lines of metrics.jsonl
     checkpoint_every: int = 50  # steps between two checkpoints
@@ -79,6 +81,7 @@ class TrainConfig:
             ("data", data.NAMES),
             ("optimizer", OPTIMIZERS),
             ("schedule", SCHEDULES),
+            ("device", DEVICES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(

@@ -12,7 +12,7 @@ from fastconv import functional as F
 from fastconv import nn
 from fastconv.data import DataLoader
 from fastconv.distributed import Communicator, SingleProcess
-from fastconv.tensor import Tensor, no_grad
+from fastconv.tensor import Tensor, move, no_grad
 
 __all__ = ["Evaluation", "count_correct", "evaluate"]
 
@@ -89,7 +89,7 @@ def evaluate(
     try:
         with no_grad():
             for x, y in loader:
-                logits = model(Tensor(x))
+                logits = model(Tensor(move(x, model.device))).cpu()
                 loss_sum += F.cross_entropy(logits, y, reduction="sum").item()
                 in_top5 += count_in_top(logits, y, 5)
                 labels.append(y)
@@ -114,7 +114,7 @@ def evaluate(
 
 def count_correct(logits: Tensor, y: NDArray[np.int64]) -> int:
     """How many of the logits [N, classes] are largest at their label y [N]."""
-    return int((logits.data.argmax(axis=1) == y).sum())
+    return int((logits.cpu().data.argmax(axis=1) == y).sum())
 
 
 def count_in_top(logits: Tensor, y: NDArray[np.int64], k: int) -> int:

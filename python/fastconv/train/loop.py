@@ -195,11 +195,16 @@ class _Run:
         self.train_loader, self.test_loader, self.info = prepare_data(config, communicator)
         fastconv.manual_seed(config.seed)
         self.model = create_model(self.info)
+        if config.device == "cuda":
+            if communicator.size > 1:
+                raise ValueError(f"{communicator.size} processes cannot train on one CUDA device")
+            fastconv.cuda.kernels()  # which says why there is no device
         if config.freeze_backbone:
             freeze_backbone(self.model)
         distributed.broadcast_state(self.model, communicator)
         if config.sync_batch_norm:
             self.model = distributed.convert_sync_batchnorm(self.model, communicator)
+        self.model.to(config.device)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.gradients = GradientReducer(trained, communicator, op="sum")
         self.ema = EMA(self.model, config.ema) if config.ema else None

@@ -14,7 +14,7 @@ from fastconv import functional as F
 from fastconv import nn, ops, optim
 from fastconv.distributed import Communicator, GradientReducer, SingleProcess
 from fastconv.init import Share, default_generator
-from fastconv.tensor import Tensor
+from fastconv.tensor import Tensor, move
 from fastconv.train.evaluation import count_correct
 
 # Of the auxiliary heads' losses, by the type of what the model returns in training: Szegedy et al.
@@ -90,7 +90,7 @@ def train_step(
     return Step(loss, correct, norm)
 
 
-def training_loss(output: Any, y: NDArray[Any], label_smoothing: float) -> tuple[Tensor, Tensor]:
+def training_loss(output: Any, y: Any, label_smoothing: float) -> tuple[Tensor, Tensor]:
     """(logits, loss) of what a model returned in training.
 
     That is logits [N, classes], or a named tuple of the logits and those of auxiliary heads, which
@@ -122,7 +122,9 @@ def _forward_backward(
 
     The gradients of this process's loss are added to the parameters.
     """
-    logits, loss = training_loss(model(Tensor(x)), y, label_smoothing)
+    device = model.device
+    output = model(Tensor(move(x, device)))
+    logits, loss = training_loss(output, move(y, device), label_smoothing)
     share = len(y) / total
     own = loss.item() * share if len(y) else 0.0  # the mean over no images is no number
     figures = np.array([own, count_correct(logits, y)])

@@ -5,7 +5,7 @@
 
 #include "core/problem.h"
 
-namespace fastconv::cpu {
+namespace fastconv::FASTCONV_DEVICE {
 
 // Arrays that differ in one dimension only, seen as [outer][bytes]: an array contributes `bytes` contiguous bytes to
 // every one of `outer` rows of the joined array.
@@ -26,4 +26,4 @@ void channel_gate(DType, int64_t images, int64_t pixels, int64_t channels, const
 void channel_gate_backward(DType, int64_t images, int64_t pixels, int64_t channels, const void* dy, const void* x,
                            const void* gate, void* dx, void* dgate);
 
-}  // namespace fastconv::cpu
+}  // namespace fastconv::FASTCONV_DEVICE

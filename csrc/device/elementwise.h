@@ -1,10 +1,10 @@
 // Elementwise operations on dense arrays: n elements in whatever order they lie in memory.
 #pragma once
 
+#include "core/elementwise.h"
 #include "core/problem.h"
-#include "cpu/kernels/elementwise.h"
 
-namespace fastconv::cpu {
+namespace fastconv::FASTCONV_DEVICE {
 
 void elementwise(Elementwise, DType, const void* x, void* y, int64_t n, double parameter);  // y may be x
 void elementwise_backward(Elementwise, DType, const void* dy, const void* x, void* dx, int64_t n, double parameter);
@@ -24,4 +24,4 @@ void dropout(DType, const void* x, void* y, int64_t n, double p, uint64_t seed, 
 void stochastic_depth(DType, const void* x, void* y, int64_t rows, int64_t size, double p, uint64_t seed,
                       uint64_t offset);
 
-}  // namespace fastconv::cpu
+}  // namespace fastconv::FASTCONV_DEVICE

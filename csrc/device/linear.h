@@ -3,7 +3,7 @@
 
 #include "core/problem.h"
 
-namespace fastconv::cpu {
+namespace fastconv::FASTCONV_DEVICE {
 
 // x[rows][in], w[out, in] with any strides, y[rows][out].
 Conv2dProblem make_linear(DType, int64_t rows, int64_t in, const TensorView& w);
@@ -12,4 +12,4 @@ void linear_backward_input(const Conv2dProblem&, const void* dy, const TensorVie
 void linear_backward_weight(const Conv2dProblem&, const void* dy, const void* x, const TensorView& dw);
 void linear_backward_bias(const Conv2dProblem&, const void* dy, void* db);
 
-}  // namespace fastconv::cpu
+}  // namespace fastconv::FASTCONV_DEVICE

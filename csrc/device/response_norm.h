@@ -3,9 +3,9 @@
 
 #include "core/response_norm_problem.h"
 
-namespace fastconv::cpu {
+namespace fastconv::FASTCONV_DEVICE {
 
 void response_norm(const ResponseNormProblem&, const void* x, void* y);
 void response_norm_backward(const ResponseNormProblem&, const void* dy, const void* x, void* dx);
 
-}  // namespace fastconv::cpu
+}  // namespace fastconv::FASTCONV_DEVICE

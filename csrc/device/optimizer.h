@@ -5,7 +5,7 @@
 
 #include "core/dtype.h"
 
-namespace fastconv::cpu {
+namespace fastconv::FASTCONV_DEVICE {
 
 // One parameter with its gradient and state: dense arrays of n elements in the same order of memory.
 struct Parameter {
@@ -37,4 +37,4 @@ double gradient_norm(const std::vector<Parameter>&);
 // value += share (gradient - value), where "gradient" is any other array: a step of an exponential moving average.
 void move_towards(const std::vector<Parameter>&, double share);
 
-}  // namespace fastconv::cpu
+}  // namespace fastconv::FASTCONV_DEVICE

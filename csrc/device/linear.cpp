@@ -1,9 +1,9 @@
-#include "cpu/linear.h"
+#include "device/linear.h"
 
 #include "core/check.h"
-#include "cpu/conv2d.h"
+#include "device/conv2d.h"
 
-namespace fastconv::cpu {
+namespace fastconv::FASTCONV_DEVICE {
 namespace {
 
 // w[out, in] as w[K, C, 1, 1]
@@ -38,4 +38,4 @@ void linear_backward_weight(const Conv2dProblem& a, const void* dy, const void* 
 
 void linear_backward_bias(const Conv2dProblem& a, const void* dy, void* db) { channel_sums(a.dtype, a.n, a.k, dy, db); }
 
-}  // namespace fastconv::cpu
+}  // namespace fastconv::FASTCONV_DEVICE
