@@ -18,47 +18,6 @@ constexpr int64_t kBandFloats = 96 * 1024;
 // Chunks wanted at least, so that many cores find work.
 constexpr int64_t kMinChunks = 32;
 
-// How outputs are cut into bands: whole images while they are small, else rows, else parts of rows.
-struct Blocking {
-  int64_t images, rows, columns;                 // of a band
-  int64_t image_bands, row_bands, column_bands;  // how many
-  int64_t bands() const { return image_bands * row_bands * column_bands; }
-};
-
-Blocking choose_blocking(const Band& band, int64_t images, int64_t rows, int64_t columns, int64_t tile,
-                         int64_t floats_wanted) {
-  Blocking b{1, rows, columns, images, 1, 1};
-  if (band.max_floats(1, 1, columns) > 2 * floats_wanted) {
-    // Even one row is too much: split columns, in multiples of the register tile.
-    int64_t width = columns;
-    while (width > 2 * tile && band.max_floats(1, 1, width) > floats_wanted) width = (width + 1) / 2;
-    b.columns = std::min(columns, ceil_divide(width, tile) * tile);
-    b.column_bands = ceil_divide(columns, b.columns);
-  }
-  while (b.rows > 2 && band.max_floats(1, b.rows, b.columns) > floats_wanted) b.rows = (b.rows + 1) / 2;
-  if (b.rows > 1 && b.rows % 2 == 1 && b.rows < rows) ++b.rows;  // tiles of two rows
-  b.row_bands = ceil_divide(rows, b.rows);
-  b.rows = std::min(rows, b.rows);
-  if (b.row_bands == 1 && b.column_bands == 1) {
-    const int64_t one = std::max<int64_t>(band.max_floats(1, rows, columns), 1);
-    b.images = std::clamp<int64_t>(floats_wanted / one, 1, std::max<int64_t>(images / 8, 1));
-    b.image_bands = ceil_divide(images, b.images);
-  }
-  return b;
-}
-
-struct BandRange {
-  int64_t n0, n1, y0, y1, x0, x1;
-};
-
-BandRange band_range(const Blocking& b, int64_t i, int64_t images, int64_t rows, int64_t columns) {
-  const int64_t column = i % b.column_bands, row = i / b.column_bands % b.row_bands,
-                image = i / b.column_bands / b.row_bands;
-  return {image * b.images,   std::min(images, (image + 1) * b.images),
-          row * b.rows,       std::min(rows, (row + 1) * b.rows),
-          column * b.columns, std::min(columns, (column + 1) * b.columns)};
-}
-
 // What is left to fetch into L2 of a run of memory.
 struct Upcoming {
   const float* at;
@@ -183,8 +142,7 @@ void run(const DirectProblem& d) {
         SourceImage source = d.source;
         source.first_channel += g * d.source.channels;
         Band band(source, d.rows, d.columns);
-        band.pack(scratch.as<float>() + thread * band_floats, range.n0, range.n1, range.y0, range.y1, range.x0,
-                  range.x1);
+        band.pack(scratch.as<float>() + thread * band_floats, range);
         std::vector<DirectTile::Tap> taps(d.rows.taps.size() * d.columns.taps.size());
         const Range mine = split(panels.count(), panel_parts, part);
         // The band that this thread is likely to take next is fetched meanwhile.
@@ -328,7 +286,7 @@ void run(const WeightGradientProblem& d) {
         float* packed = scratch.as<float>() + thread * scratch_floats;
         for (int64_t j = my_bands.begin; j < my_bands.end; ++j) {
           const BandRange range = band_range(b, j, d.images, rows, columns);
-          band.pack(packed, range.n0, range.n1, range.y0, range.y1, range.x0, range.x1);
+          band.pack(packed, range);
           const BandRange next = band_range(b, std::min(j + 1, my_bands.end - 1), d.images, rows, columns);
           const Upcoming x = source_rows(source, d.rows, next);
           const int64_t next_pixels = (next.n1 - next.n0) * (next.y1 - next.y0) * columns, dy_pixel = d.groups * d.outs;
