@@ -26,8 +26,8 @@ struct Upcoming {
 
 // The rows of the source under the taps of a range of outputs, of all its channels.
 Upcoming source_rows(const SourceImage& source, const AxisTaps& rows, const BandRange& range) {
-  const auto [low, high] = std::minmax_element(rows.taps.begin(), rows.taps.end(),
-                                               [](auto& a, auto& b) { return a.offset < b.offset; });
+  const auto [low, high] =
+      std::minmax_element(rows.taps.begin(), rows.taps.end(), [](auto& a, auto& b) { return a.offset < b.offset; });
   if (low == rows.taps.end()) return {nullptr, 0};
   const int64_t row_floats = source.w * source.pixel;
   const int64_t begin = std::clamp<int64_t>(range.y0 * rows.step + low->offset, 0, source.h);
@@ -148,7 +148,8 @@ void run(const DirectProblem& d) {
         // The band that this thread is likely to take next is fetched meanwhile.
         Upcoming upcoming{nullptr, 0};
         if (d.groups == 1 && panel_parts == 1 && b + threads < blocking.bands())
-          upcoming = source_rows(d.source, d.rows, band_range(blocking, b + threads, d.images, d.rows.outputs, d.columns.outputs));
+          upcoming = source_rows(d.source, d.rows,
+                                 band_range(blocking, b + threads, d.images, d.rows.outputs, d.columns.outputs));
         for (int64_t panel = mine.begin; panel < mine.end; ++panel)
           run_panel(d, band, range, weights.panel(g * panels.count() + panel), g, panel, panels, taps, upcoming);
       },
@@ -169,7 +170,10 @@ constexpr int64_t kGradientChunks = 16;
 class UpcomingLines {
  public:
   UpcomingLines(const float* at, int64_t pixels, int64_t pixel, int64_t channels, int64_t count)
-      : at_(at), pixel_(pixel), count_(count), parts_(ceil_divide(pixels, count)),
+      : at_(at),
+        pixel_(pixel),
+        count_(count),
+        parts_(ceil_divide(pixels, count)),
         left_(at ? parts_ * ceil_divide(channels, kBlock) : 0) {}
   bool set_next(WeightTile& t) {
     if (left_ == 0) return false;
@@ -185,8 +189,8 @@ class UpcomingLines {
 };
 
 // Adds one band's share of dw for one panel of channels: acc [channel block][tap][channel][width].
-void add_band(const WeightGradientProblem& d, int64_t channels, const Band& band, const BandRange& range, const Panels& panels, int64_t g,
-              int64_t panel, float* dy, float* acc, UpcomingLines (&upcoming)[2]) {
+void add_band(const WeightGradientProblem& d, int64_t channels, const Band& band, const BandRange& range,
+              const Panels& panels, int64_t g, int64_t panel, float* dy, float* acc, UpcomingLines (&upcoming)[2]) {
   const auto& k = kernels().conv2d;
   const int64_t row_taps = d.rows.taps.size(), column_taps = d.columns.taps.size(), taps = row_taps * column_taps;
   const int64_t dy_pixel = d.groups * d.outs, rows = d.rows.outputs, columns = d.columns.outputs;
@@ -246,8 +250,8 @@ void run(const WeightGradientProblem& d) {
   // A chunk owns the sums of some panels and some channel blocks of one group, few enough that they and the blocks'
   // band stay in L2, over one part of the bands; the parts are summed in order at the end.
   const int64_t block_floats = shape.max_floats(b.images, b.rows, b.columns) / shape.blocks();
-  const int64_t block_parts =
-      ceil_divide(shape.blocks(), std::max<int64_t>(kGradientFloats / std::max(block_floats, taps * kBlock * panels.tile_k), 1));
+  const int64_t block_parts = ceil_divide(
+      shape.blocks(), std::max<int64_t>(kGradientFloats / std::max(block_floats, taps * kBlock * panels.tile_k), 1));
   const int64_t chunk_blocks = ceil_divide(shape.blocks(), block_parts);
   int64_t panel_parts = ceil_divide(
       panels.count(), std::max<int64_t>(kGradientFloats / (chunk_blocks * taps * kBlock * panels.tile_k), 1));
@@ -290,10 +294,12 @@ void run(const WeightGradientProblem& d) {
           const BandRange next = band_range(b, std::min(j + 1, my_bands.end - 1), d.images, rows, columns);
           const Upcoming x = source_rows(source, d.rows, next);
           const int64_t next_pixels = (next.n1 - next.n0) * (next.y1 - next.y0) * columns, dy_pixel = d.groups * d.outs;
-          const float* dy = d.dy + (next.n0 * rows + next.y0) * columns * dy_pixel + g * d.outs + mine.begin * panels.tile_k;
+          const float* dy =
+              d.dy + (next.n0 * rows + next.y0) * columns * dy_pixel + g * d.outs + mine.begin * panels.tile_k;
           UpcomingLines upcoming[2] = {
               {x.at + source.first_channel, x.floats / source.pixel, source.pixel, source.channels, pixels},
-              {dy, next_pixels, dy_pixel, std::min(d.outs, mine.end * panels.tile_k) - mine.begin * panels.tile_k, pixels}};
+              {dy, next_pixels, dy_pixel, std::min(d.outs, mine.end * panels.tile_k) - mine.begin * panels.tile_k,
+               pixels}};
           for (int64_t panel = mine.begin; panel < mine.end; ++panel)
             add_band(d, source.channels, band, range, panels, g, panel, packed + band_floats, sums_of(panel), upcoming);
         }

@@ -1,5 +1,5 @@
-// Groups of so few channels that several share a vector, as in ResNeXt: in the direct engine's tiles most lanes would be
-// padding. Here lanes are the output channels of all groups (kernels/grouped.inl.h). Bound: FMA.
+// Groups of so few channels that several share a vector, as in ResNeXt: in the direct engine's tiles most lanes would
+// be padding. Here lanes are the output channels of all groups (kernels/grouped.inl.h). Bound: FMA.
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -60,7 +60,7 @@ std::vector<Range> make_runs(AxisTaps& axis) {
   return runs;
 }
 
-// Blocks of channels that share a band: some, so that the pixels' cache lines are fetched a few at a time.
+// Parts of the blocks of channels; those of one share a band, so that a pixel is fetched several cache lines at a time.
 int64_t block_parts(const Vectors& vectors) { return ceil_divide(vectors.blocks(), 4); }
 
 // visit(offset in w, offset in packed) for [vector][row][column][i][lane]: in-channel i of the lane's out-channel.
@@ -137,8 +137,8 @@ void convolve(direct::DirectProblem d) {
   const int64_t panel = d.rows.taps.size() * d.columns.taps.size() * vectors.group * vectors.lanes;
   const int64_t parts = block_parts(vectors);
   const Band shape(vectors.of(d.source, split(vectors.blocks(), parts, 0)), d.rows, d.columns);
-  const Blocking blocking = choose_blocking(shape, d.images, d.rows.outputs, d.columns.outputs,
-                                            kernels().conv2d.tile_pixels, kBandFloats);
+  const Blocking blocking =
+      choose_blocking(shape, d.images, d.rows.outputs, d.columns.outputs, kernels().conv2d.tile_pixels, kBandFloats);
   const int64_t band_floats = shape.max_floats(blocking.images, blocking.rows, blocking.columns);
   const int threads = num_threads();
   Buffer scratch(std::max<int64_t>(threads * band_floats, 1) * sizeof(float));
@@ -169,9 +169,9 @@ void add_band(const direct::WeightGradientProblem& d, const Vectors& vectors, co
   t.dy = dy;
   for (int64_t n = range.n0; n < range.n1; ++n)
     for (int64_t y = range.y0; y < range.y1; ++y, dy += t.columns * vectors.lanes)
-      k.pack_slice(d.dy + ((n * d.rows.outputs + y) * d.columns.outputs + range.x0) * vectors.channels +
-                       vector * vectors.lanes,
-                   vectors.channels, t.columns, vectors.valid(vector), vectors.lanes, dy);
+      k.pack_slice(
+          d.dy + ((n * d.rows.outputs + y) * d.columns.outputs + range.x0) * vectors.channels + vector * vectors.lanes,
+          vectors.channels, t.columns, vectors.valid(vector), vectors.lanes, dy);
   std::vector<int64_t> offsets(t.rows);
   t.row_offsets = offsets.data();
   for (int64_t r = 0; r < row_taps; ++r)
@@ -194,8 +194,8 @@ void weight_gradient(direct::WeightGradientProblem d) {
   const int64_t vector_floats = d.rows.taps.size() * d.columns.taps.size() * vectors.group * vectors.lanes;
   const int64_t channel_parts = block_parts(vectors);
   const Band shape(vectors.of(d.source, split(vectors.blocks(), channel_parts, 0)), d.rows, d.columns);
-  const Blocking blocking = choose_blocking(shape, d.images, d.rows.outputs, d.columns.outputs,
-                                            kernels().conv2d.tile_pixels, kBandFloats);
+  const Blocking blocking =
+      choose_blocking(shape, d.images, d.rows.outputs, d.columns.outputs, kernels().conv2d.tile_pixels, kBandFloats);
   const int64_t parts = std::clamp<int64_t>(ceil_divide(kGradientChunks, channel_parts), 1, blocking.bands());
   const int64_t part_floats = vectors.count() * vector_floats;
   Buffer sums(parts * part_floats * sizeof(float));
@@ -206,7 +206,8 @@ void weight_gradient(direct::WeightGradientProblem d) {
   parallel_for(
       parts * channel_parts,
       [&](int64_t i, int thread) {
-        const Range blocks = split(vectors.blocks(), channel_parts, i % channel_parts), mine = vectors.of_blocks(blocks);
+        const Range blocks = split(vectors.blocks(), channel_parts, i % channel_parts),
+                    mine = vectors.of_blocks(blocks);
         const Range bands = split(blocking.bands(), parts, i / channel_parts);
         float* acc = sums.as<float>() + i / channel_parts * part_floats;
         std::memset(acc + mine.begin * vector_floats, 0, (mine.end - mine.begin) * vector_floats * sizeof(float));
@@ -237,6 +238,7 @@ const char* supports(const Conv2dProblem& a) {
   if (a.groups == 1) return "one group";
   if (a.cg() != a.kg()) return "groups do not read as many channels as they write";
   if (kernels().conv2d.lanes % a.cg() != 0) return "groups do not share a vector evenly";
+  if (a.cg() == kernels().conv2d.lanes && a.stride_h == 1 && a.stride_w == 1) return "a group fills a vector";
   if (a.r * a.s == 1) return "one tap";
   return direct::supports(a);
 }

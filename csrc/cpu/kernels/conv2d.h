@@ -67,7 +67,7 @@ struct StripTile : TileOutput {
   int64_t x_step, x_row_step;
   int64_t rows, taps;
   const float* w;     // [rows][taps][vectors * lanes]
-  const float* next;  // pixels next_step apart, as many as the tile's, whose first row is read next; null: none
+  const float* next;  // pixels next_step apart, as many as the tile's, which are fetched into L2; null: none
   int64_t next_step;
 };
 using StripTileFunction = void (*)(const StripTile&);
@@ -83,7 +83,7 @@ struct StripWeightTile {
   int64_t tap_rows, taps;      // r < tap_rows, j < taps
   float* acc;
   int64_t acc_step;   // from one j to the next; those of r follow each other
-  const float* next;  // what is wanted next: a cache line is fetched for each pixel
+  const float* next;  // wanted next: a cache line of it is fetched into L2 for each pixel
   int64_t next_step, next_row_step;
 };
 
@@ -161,7 +161,8 @@ struct OuterTile {
 // Groups whose channels share a vector: index[i][lane] is the lane of channel i of the group that `lane` belongs to.
 constexpr int64_t kGroupedTaps = 3;  // neighbouring taps of a kernel row that are taken together, at most
 
-// One register tile: y[pixel][lane] = sum over runs, taps s and i < group of x[pixel + s][channel i of the lane's group]
+// One register tile: y[pixel][lane] = sum over runs, taps s and i < group of x[pixel + s][channel i of the lane's
+// group]
 // * w[s][i][lane]. Pixels of x are kBlock floats apart.
 struct GroupedTile : TileOutput {
   struct Run {
@@ -176,8 +177,8 @@ struct GroupedTile : TileOutput {
 };
 using GroupedTileFunction = void (*)(const GroupedTile&);
 
-// The gradient of the weights of one run: acc[s][i][lane] += sum over pixels of x[pixel + s] dy[pixel][lane], where x is
-// channel i of the lane's group.
+// The gradient of the weights of one run: acc[s][i][lane] += sum over pixels of x[pixel + s] dy[pixel][lane], where x
+// is channel i of the lane's group.
 struct GroupedWeightTile {
   const float* x;
   const int64_t* row_offsets;  // of x, one an output row

@@ -56,8 +56,7 @@ template <int P> void grouped_tile(const GroupedTile& t) {
 
 // grouped_weight_tile: I channels and T taps at once.
 // Registers: T*I accumulators + T of dy + 1 of x + 1 index. Bound: FMA; T*I FMAs against I permutations a pixel.
-template <int I, int T>
-void grouped_weight_part(const GroupedWeightTile& t, int64_t first) {
+template <int I, int T> void grouped_weight_part(const GroupedWeightTile& t, int64_t first) {
   Vec acc[T][I];
 #pragma GCC unroll 4
   for (int s = 0; s < T; ++s)
@@ -82,8 +81,7 @@ void grouped_weight_part(const GroupedWeightTile& t, int64_t first) {
     const float* x = t.x + t.row_offsets[r];
     const float* dy = t.dy + r * t.columns * kLanes;
     int64_t c = 0;
-    for (; c < T - 1; ++c)
-      add_pixel(x + c * kBlock, dy + c * kLanes, c < t.columns ? 0 : c - t.columns + 1, c + 1);
+    for (; c < T - 1; ++c) add_pixel(x + c * kBlock, dy + c * kLanes, c < t.columns ? 0 : c - t.columns + 1, c + 1);
     for (; c < t.columns; ++c) add_pixel(x + c * kBlock, dy + c * kLanes, 0, T);
     for (; c < t.columns + T - 1; ++c) add_pixel(x + c * kBlock, dy + c * kLanes, c - t.columns + 1, T);
   }
