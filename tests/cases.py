@@ -384,6 +384,10 @@ CONV_PADDING = [
     _C("padding_beyond_rgb", 1, 3, 3, 2, 20, 3, 3, padding=6),
     _C("padding_1x1", 1, 6, 3, 4, 8, 1, 1, padding=2),
     _C("padding_1x1_s2", 1, 6, 4, 3, 8, 1, 1, stride=2, padding=3),
+    _C("image_1x1_s2_kernel_1x1", 3, 6, 1, 1, 5, 1, 1, stride=2),
+    _C("column_s1x2_kernel_1x1", 2, 6, 5, 1, 4, 1, 1, stride=(1, 2)),
+    _C("row_s2x1_kernel_1x1", 2, 6, 1, 5, 4, 1, 1, stride=(2, 1)),
+    _C("streamed_s2", 1, 5, 261, 259, 32, 3, 3, stride=2, padding=1),
     _C("window_without_data", 1, 5, 1, 1, 4, 2, 2, stride=1, padding=4, dilation=3),
 ]
 
@@ -394,6 +398,13 @@ CONV_GROUPS = [
     _C("groups_k16", 1, 24, 6, 7, 48, 3, 3, padding=1, groups=3),
     _C("groups_1x1", 2, 24, 6, 7, 36, 1, 1, groups=4),
     _C("groups_1x1_s2", 2, 24, 7, 6, 36, 1, 1, stride=2, groups=4),
+    # Several groups in a vector: tails of vectors and tiles, more channels than one band has.
+    _C("groups_of_4", 2, 40, 9, 20, 40, 3, 3, padding=1, groups=10),
+    _C("groups_of_4_5x5_s2", 1, 72, 11, 18, 72, 5, 5, stride=2, padding=2, groups=18),
+    _C("groups_of_2_1xn", 1, 6, 5, 9, 6, 1, 4, groups=3),
+    _C("groups_of_2_dilated", 1, 12, 9, 17, 12, 3, 3, padding=2, dilation=2, groups=6),
+    _C("groups_of_8", 1, 24, 6, 7, 24, 3, 3, padding=1, groups=3),
+    _C("groups_of_16_s2", 1, 32, 9, 8, 32, 3, 3, stride=2, padding=1, groups=2),
     _C("groups_wide", 1, 66, 5, 6, 70, 3, 3, padding=1, groups=2),
     _C("depthwise", 2, 19, 8, 9, 19, 3, 3, padding=1, groups=19),
     _C("depthwise_24_s2", 2, 24, 9, 9, 24, 3, 3, stride=2, padding=1, groups=24),

@@ -24,6 +24,7 @@ ALGORITHMS = [
     "winograd",
     "direct",
     "pointwise",
+    "grouped",
     "depthwise",
     "first_layer",
     "few_pixels",

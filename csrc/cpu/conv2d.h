@@ -58,6 +58,13 @@ void backward_input(const Conv2dProblem&, const BackwardInputArguments&);
 void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
 }  // namespace first_layer
 
+namespace grouped {
+const char* supports(const Conv2dProblem&);
+void forward(const Conv2dProblem&, const ForwardArguments&);
+void backward_input(const Conv2dProblem&, const BackwardInputArguments&);
+void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
+}  // namespace grouped
+
 namespace depthwise {
 const char* supports(const Conv2dProblem&);
 void forward(const Conv2dProblem&, const ForwardArguments&);

@@ -47,7 +47,8 @@ int64_t Band::max_floats(int64_t images, int64_t rows, int64_t columns) const {
   return blocks_ * ((1 + images * image_rows) * columns_.max_size(columns) * kBlock);
 }
 
-void Band::pack(float* dst, int64_t n0, int64_t n1, int64_t y0, int64_t y1, int64_t x0, int64_t x1) {
+void Band::pack(float* dst, const BandRange& range) {
+  const auto [n0, n1, y0, y1, x0, x1] = range;
   rows_.place(y0, y1);
   columns_.place(x0, x1);
   data_ = dst;
@@ -83,6 +84,36 @@ void Band::pack_row(const float* src, float* dst) const {
     const float* s = src + ((low + begin) * step + phase) * source_.pixel;
     k.pack_pixels(s, step * source_.pixel, end - begin, source_.channels, dst + begin * kBlock, block_stride_);
   }
+}
+
+Blocking choose_blocking(const Band& band, int64_t images, int64_t rows, int64_t columns, int64_t tile,
+                         int64_t floats_wanted) {
+  Blocking b{1, rows, columns, images, 1, 1};
+  if (band.max_floats(1, 1, columns) > 2 * floats_wanted) {
+    // Even one row is too much: split columns, in multiples of the register tile.
+    int64_t width = columns;
+    while (width > 2 * tile && band.max_floats(1, 1, width) > floats_wanted) width = (width + 1) / 2;
+    b.columns = std::min(columns, ceil_divide(width, tile) * tile);
+    b.column_bands = ceil_divide(columns, b.columns);
+  }
+  while (b.rows > 2 && band.max_floats(1, b.rows, b.columns) > floats_wanted) b.rows = (b.rows + 1) / 2;
+  if (b.rows > 1 && b.rows % 2 == 1 && b.rows < rows) ++b.rows;  // tiles of two rows
+  b.row_bands = ceil_divide(rows, b.rows);
+  b.rows = std::min(rows, b.rows);
+  if (b.row_bands == 1 && b.column_bands == 1) {
+    const int64_t one = std::max<int64_t>(band.max_floats(1, rows, columns), 1);
+    b.images = std::clamp<int64_t>(floats_wanted / one, 1, std::max<int64_t>(images / 8, 1));
+    b.image_bands = ceil_divide(images, b.images);
+  }
+  return b;
+}
+
+BandRange band_range(const Blocking& b, int64_t i, int64_t images, int64_t rows, int64_t columns) {
+  const int64_t column = i % b.column_bands, row = i / b.column_bands % b.row_bands,
+                image = i / b.column_bands / b.row_bands;
+  return {image * b.images,   std::min(images, (image + 1) * b.images),
+          row * b.rows,       std::min(rows, (row + 1) * b.rows),
+          column * b.columns, std::min(columns, (column + 1) * b.columns)};
 }
 
 }  // namespace fastconv::cpu

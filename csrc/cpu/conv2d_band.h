@@ -50,13 +50,17 @@ class BandAxis {
   bool keep_outside_;
 };
 
+// Outputs [y0, y1) x [x0, x1) of images [n0, n1).
+struct BandRange {
+  int64_t n0, n1, y0, y1, x0, x1;
+};
+
 class Band {
  public:
   Band(const SourceImage& source, const AxisTaps& rows, const AxisTaps& columns);
 
   int64_t max_floats(int64_t images, int64_t rows, int64_t columns) const;
-  // Packs what outputs [y0, y1) x [x0, x1) of images [n0, n1) read.
-  void pack(float* dst, int64_t n0, int64_t n1, int64_t y0, int64_t y1, int64_t x0, int64_t x1);
+  void pack(float* dst, const BandRange&);  // packs what these outputs read
 
   const float* data() const { return data_; }
   int64_t block_stride() const { return block_stride_; }
@@ -78,5 +82,18 @@ class Band {
   const float* data_ = nullptr;
   int64_t block_stride_ = 0, n0_ = 0;
 };
+
+// How outputs are cut into bands: whole images while they are small, else rows, else parts of rows.
+struct Blocking {
+  int64_t images, rows, columns;                 // of a band
+  int64_t image_bands, row_bands, column_bands;  // how many
+  int64_t bands() const { return image_bands * row_bands * column_bands; }
+};
+
+// Bands of about `floats_wanted` packed floats; `tile` is the width of a register tile.
+Blocking choose_blocking(const Band&, int64_t images, int64_t rows, int64_t columns, int64_t tile,
+                         int64_t floats_wanted);
+
+BandRange band_range(const Blocking&, int64_t i, int64_t images, int64_t rows, int64_t columns);
 
 }  // namespace fastconv::cpu

@@ -18,47 +18,6 @@ constexpr int64_t kBandFloats = 96 * 1024;
 // Chunks wanted at least, so that many cores find work.
 constexpr int64_t kMinChunks = 32;
 
-// How outputs are cut into bands: whole images while they are small, else rows, else parts of rows.
-struct Blocking {
-  int64_t images, rows, columns;                 // of a band
-  int64_t image_bands, row_bands, column_bands;  // how many
-  int64_t bands() const { return image_bands * row_bands * column_bands; }
-};
-
-Blocking choose_blocking(const Band& band, int64_t images, int64_t rows, int64_t columns, int64_t tile,
-                         int64_t floats_wanted) {
-  Blocking b{1, rows, columns, images, 1, 1};
-  if (band.max_floats(1, 1, columns) > 2 * floats_wanted) {
-    // Even one row is too much: split columns, in multiples of the register tile.
-    int64_t width = columns;
-    while (width > 2 * tile && band.max_floats(1, 1, width) > floats_wanted) width = (width + 1) / 2;
-    b.columns = std::min(columns, ceil_divide(width, tile) * tile);
-    b.column_bands = ceil_divide(columns, b.columns);
-  }
-  while (b.rows > 2 && band.max_floats(1, b.rows, b.columns) > floats_wanted) b.rows = (b.rows + 1) / 2;
-  if (b.rows > 1 && b.rows % 2 == 1 && b.rows < rows) ++b.rows;  // tiles of two rows
-  b.row_bands = ceil_divide(rows, b.rows);
-  b.rows = std::min(rows, b.rows);
-  if (b.row_bands == 1 && b.column_bands == 1) {
-    const int64_t one = std::max<int64_t>(band.max_floats(1, rows, columns), 1);
-    b.images = std::clamp<int64_t>(floats_wanted / one, 1, std::max<int64_t>(images / 8, 1));
-    b.image_bands = ceil_divide(images, b.images);
-  }
-  return b;
-}
-
-struct BandRange {
-  int64_t n0, n1, y0, y1, x0, x1;
-};
-
-BandRange band_range(const Blocking& b, int64_t i, int64_t images, int64_t rows, int64_t columns) {
-  const int64_t column = i % b.column_bands, row = i / b.column_bands % b.row_bands,
-                image = i / b.column_bands / b.row_bands;
-  return {image * b.images,   std::min(images, (image + 1) * b.images),
-          row * b.rows,       std::min(rows, (row + 1) * b.rows),
-          column * b.columns, std::min(columns, (column + 1) * b.columns)};
-}
-
 // What is left to fetch into L2 of a run of memory.
 struct Upcoming {
   const float* at;
@@ -67,8 +26,8 @@ struct Upcoming {
 
 // The rows of the source under the taps of a range of outputs, of all its channels.
 Upcoming source_rows(const SourceImage& source, const AxisTaps& rows, const BandRange& range) {
-  const auto [low, high] = std::minmax_element(rows.taps.begin(), rows.taps.end(),
-                                               [](auto& a, auto& b) { return a.offset < b.offset; });
+  const auto [low, high] =
+      std::minmax_element(rows.taps.begin(), rows.taps.end(), [](auto& a, auto& b) { return a.offset < b.offset; });
   if (low == rows.taps.end()) return {nullptr, 0};
   const int64_t row_floats = source.w * source.pixel;
   const int64_t begin = std::clamp<int64_t>(range.y0 * rows.step + low->offset, 0, source.h);
@@ -183,14 +142,14 @@ void run(const DirectProblem& d) {
         SourceImage source = d.source;
         source.first_channel += g * d.source.channels;
         Band band(source, d.rows, d.columns);
-        band.pack(scratch.as<float>() + thread * band_floats, range.n0, range.n1, range.y0, range.y1, range.x0,
-                  range.x1);
+        band.pack(scratch.as<float>() + thread * band_floats, range);
         std::vector<DirectTile::Tap> taps(d.rows.taps.size() * d.columns.taps.size());
         const Range mine = split(panels.count(), panel_parts, part);
         // The band that this thread is likely to take next is fetched meanwhile.
         Upcoming upcoming{nullptr, 0};
         if (d.groups == 1 && panel_parts == 1 && b + threads < blocking.bands())
-          upcoming = source_rows(d.source, d.rows, band_range(blocking, b + threads, d.images, d.rows.outputs, d.columns.outputs));
+          upcoming = source_rows(d.source, d.rows,
+                                 band_range(blocking, b + threads, d.images, d.rows.outputs, d.columns.outputs));
         for (int64_t panel = mine.begin; panel < mine.end; ++panel)
           run_panel(d, band, range, weights.panel(g * panels.count() + panel), g, panel, panels, taps, upcoming);
       },
@@ -211,7 +170,10 @@ constexpr int64_t kGradientChunks = 16;
 class UpcomingLines {
  public:
   UpcomingLines(const float* at, int64_t pixels, int64_t pixel, int64_t channels, int64_t count)
-      : at_(at), pixel_(pixel), count_(count), parts_(ceil_divide(pixels, count)),
+      : at_(at),
+        pixel_(pixel),
+        count_(count),
+        parts_(ceil_divide(pixels, count)),
         left_(at ? parts_ * ceil_divide(channels, kBlock) : 0) {}
   bool set_next(WeightTile& t) {
     if (left_ == 0) return false;
@@ -227,8 +189,8 @@ class UpcomingLines {
 };
 
 // Adds one band's share of dw for one panel of channels: acc [channel block][tap][channel][width].
-void add_band(const WeightGradientProblem& d, int64_t channels, const Band& band, const BandRange& range, const Panels& panels, int64_t g,
-              int64_t panel, float* dy, float* acc, UpcomingLines (&upcoming)[2]) {
+void add_band(const WeightGradientProblem& d, int64_t channels, const Band& band, const BandRange& range,
+              const Panels& panels, int64_t g, int64_t panel, float* dy, float* acc, UpcomingLines (&upcoming)[2]) {
   const auto& k = kernels().conv2d;
   const int64_t row_taps = d.rows.taps.size(), column_taps = d.columns.taps.size(), taps = row_taps * column_taps;
   const int64_t dy_pixel = d.groups * d.outs, rows = d.rows.outputs, columns = d.columns.outputs;
@@ -288,8 +250,8 @@ void run(const WeightGradientProblem& d) {
   // A chunk owns the sums of some panels and some channel blocks of one group, few enough that they and the blocks'
   // band stay in L2, over one part of the bands; the parts are summed in order at the end.
   const int64_t block_floats = shape.max_floats(b.images, b.rows, b.columns) / shape.blocks();
-  const int64_t block_parts =
-      ceil_divide(shape.blocks(), std::max<int64_t>(kGradientFloats / std::max(block_floats, taps * kBlock * panels.tile_k), 1));
+  const int64_t block_parts = ceil_divide(
+      shape.blocks(), std::max<int64_t>(kGradientFloats / std::max(block_floats, taps * kBlock * panels.tile_k), 1));
   const int64_t chunk_blocks = ceil_divide(shape.blocks(), block_parts);
   int64_t panel_parts = ceil_divide(
       panels.count(), std::max<int64_t>(kGradientFloats / (chunk_blocks * taps * kBlock * panels.tile_k), 1));
@@ -328,14 +290,16 @@ void run(const WeightGradientProblem& d) {
         float* packed = scratch.as<float>() + thread * scratch_floats;
         for (int64_t j = my_bands.begin; j < my_bands.end; ++j) {
           const BandRange range = band_range(b, j, d.images, rows, columns);
-          band.pack(packed, range.n0, range.n1, range.y0, range.y1, range.x0, range.x1);
+          band.pack(packed, range);
           const BandRange next = band_range(b, std::min(j + 1, my_bands.end - 1), d.images, rows, columns);
           const Upcoming x = source_rows(source, d.rows, next);
           const int64_t next_pixels = (next.n1 - next.n0) * (next.y1 - next.y0) * columns, dy_pixel = d.groups * d.outs;
-          const float* dy = d.dy + (next.n0 * rows + next.y0) * columns * dy_pixel + g * d.outs + mine.begin * panels.tile_k;
+          const float* dy =
+              d.dy + (next.n0 * rows + next.y0) * columns * dy_pixel + g * d.outs + mine.begin * panels.tile_k;
           UpcomingLines upcoming[2] = {
               {x.at + source.first_channel, x.floats / source.pixel, source.pixel, source.channels, pixels},
-              {dy, next_pixels, dy_pixel, std::min(d.outs, mine.end * panels.tile_k) - mine.begin * panels.tile_k, pixels}};
+              {dy, next_pixels, dy_pixel, std::min(d.outs, mine.end * panels.tile_k) - mine.begin * panels.tile_k,
+               pixels}};
           for (int64_t panel = mine.begin; panel < mine.end; ++panel)
             add_band(d, source.channels, band, range, panels, g, panel, packed + band_floats, sums_of(panel), upcoming);
         }

@@ -155,6 +155,7 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
   shape.columns = a.q;
   shape.tap_rows = a.r, shape.taps = taps;
   shape.acc_step = k.lanes;
+  shape.next = dy;  // its next row is fetched anyway
   parallel_for(
       parts,
       [&](int64_t i, int thread) {

@@ -25,21 +25,26 @@ struct Pixels {
   int64_t image, row, pixel;
 };
 
-// The outputs of a 1x1 convolution in blocks: parts of one row of all pixels at stride 1, else rows of an image.
+// The outputs of a 1x1 convolution in blocks: parts of one row of all pixels at stride 1, else rows of one or all
+// images.
 struct Blocks {
   int64_t images, rows, columns;  // of outputs
   int64_t block_rows, block_columns;
   Blocks(const Conv2dProblem& a, int64_t pixels) : images(a.n), rows(a.p), columns(a.q) {
     if (a.p * a.stride_h == a.h) rows *= std::exchange(images, 1);  // the rows of all images are equally far apart
-    if (is_dense(a)) columns *= std::exchange(rows, 1);
+    if (is_dense(a)) columns *= std::exchange(rows, 1);             // and so are their pixels
     block_columns = ceil_divide(columns, ceil_divide(columns, pixels));
     block_rows = ceil_divide(rows, ceil_divide(rows, std::max<int64_t>(pixels / block_columns, 1)));
   }
-  static bool is_dense(const Conv2dProblem& a) { return a.p == a.h && a.q == a.w; }
+  static bool is_dense(const Conv2dProblem& a) { return a.stride_h == 1 && a.stride_w == 1; }
   int64_t in_row() const { return ceil_divide(columns, block_columns); }
   int64_t in_image() const { return ceil_divide(rows, block_rows) * in_row(); }
   int64_t count() const { return images * in_image(); }
   int64_t image(int64_t i) const { return i / in_image(); }
+  // The first pixel of a block.
+  int64_t offset(int64_t i, const Pixels& at) const {
+    return image(i) * at.image + row_range(i).begin * at.row + column_range(i).begin * at.pixel;
+  }
   Range row_range(int64_t i) const {
     const int64_t begin = i % in_image() / in_row() * block_rows;
     return {begin, std::min(rows, begin + block_rows)};
@@ -66,7 +71,7 @@ struct Problem {
   bool streaming;
 };
 
-// fill(image, rows, columns, first channel, channels) writes the gaps of y that belong to a block.
+// fill(image, rows, columns, first channel, channels) writes the gaps of y that belong to some pixels.
 template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& fill) {
   const auto& k = kernels().conv2d;
   const direct::Panels panels{d.outs, k.tile_k, k.lanes};
@@ -89,16 +94,15 @@ template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& 
         const Range mine = split(panels.count(), panel_parts, part);
         const Range rows = blocks.row_range(block), columns = blocks.column_range(block);
         const int64_t width = columns.end - columns.begin;
-        const float* x = d.x + n * d.from.image + rows.begin * d.from.row + columns.begin * d.from.pixel + g * d.ins;
-        const int64_t y = n * d.to.image + rows.begin * d.to.row + columns.begin * d.to.pixel + g * d.outs;
+        const float* x = d.x + blocks.offset(block, d.from) + g * d.ins;
+        const int64_t y = blocks.offset(block, d.to) + g * d.outs;
         StripTile t{};
-        t.x_step = far ? far_pixel : d.from.pixel;
+        t.x_step = far ? far_pixel : d.from.pixel, t.next_step = d.from.pixel;
         t.rows = 1, t.taps = d.ins;
         t.pixel_stride = d.to.pixel;
         t.low = d.epilogue.low, t.high = d.epilogue.high;
         t.streaming = d.streaming;
         float* copy = scratch.as<float>() + thread * scratch_floats;
-        t.next_step = d.from.pixel;
         const int64_t tiles = ceil_divide(width, k.tile_pixels);
         for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
           const int64_t channel = panel * k.tile_k;
@@ -109,23 +113,22 @@ template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& 
           for (int64_t row = 0; row < rows.end - rows.begin; ++row)
             for (int64_t j = 0; j < tiles; ++j) {
               const Range pixels = split(width, tiles, j);
+              const int64_t count = pixels.end - pixels.begin;
               const int64_t at = y + row * d.to.row + pixels.begin * d.to.pixel + channel;
               const float* source = x + row * d.from.row + pixels.begin * d.from.pixel;
-              t.x = source;
+              float* near = copy + (row * width + pixels.begin) * far_pixel;
+              t.x = far ? near : source;
               t.next = nullptr;
-              if (panel == mine.begin)
-                // Beyond the block are the pixels of the next one, most often.
-                t.next = j + 1 < tiles || blocks.rows == 1 ? source + (pixels.end - pixels.begin) * d.from.pixel
-                                                          : x + (row + 1) * d.from.row;
-              if (far) {
-                float* near = copy + (row * width + pixels.begin) * far_pixel;
-                t.x = near;
-                for (int64_t q = 0; panel == mine.begin && q < pixels.end - pixels.begin; ++q)
+              if (panel == mine.begin) {
+                // Memory is read while the first panel runs: this tile has the pixels of the next one fetched. Beyond
+                // the block they are those of the next block, most often.
+                t.next = j + 1 < tiles || blocks.rows == 1 ? source + count * d.from.pixel : x + (row + 1) * d.from.row;
+                for (int64_t q = 0; far && q < count; ++q)
                   std::memcpy(near + q * far_pixel, source + q * d.from.pixel, d.ins * sizeof(float));
               }
               t.y = d.y + at;
               t.residual = d.epilogue.residual ? d.epilogue.residual + at : nullptr;
-              tile[pixels.end - pixels.begin - 1](t);
+              tile[count - 1](t);
               fill(n, Range{rows.begin + row, rows.begin + row + 1},
                    Range{columns.begin + pixels.begin, columns.begin + pixels.end}, g * d.outs + channel, t.channels);
             }
@@ -153,7 +156,7 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
 
 void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) {
   auto* dx = static_cast<float*>(args.dx);
-  // With a stride, the zeros that follow the pixels of a block, up to the next one's.
+  // With a stride, the zeros that follow these pixels, up to the next ones.
   const bool streaming = a.cg() % kBlock == 0 && worth_streaming(a.n * a.h * a.w, a.c);
   const auto zero_gaps = [&](int64_t n, Range rows, Range columns, int64_t channel, int64_t channels) {
     if (Blocks::is_dense(a)) return;
@@ -192,6 +195,25 @@ int64_t gradient_block(const Conv2dProblem& a) {
   return !enough(kLarge) && enough(kSmall) ? kSmall : kLarge;
 }
 
+// The sums of a block of dw lie in the order [tile of outs][vector of ins][out][lanes], because rows of dw can be so
+// far apart that those of a tile compete for the same sets of L1. visit(place, out, in, how many ins)
+template <class Visit> void for_sums(int64_t outs, int64_t ins, int64_t block_width, Visit&& visit) {
+  const auto& k = kernels().conv2d;
+  const int64_t tiles = ceil_divide(outs, k.strip_sums);
+  for (int64_t j = 0; j < tiles; ++j) {
+    const Range tile = split(outs, tiles, j);
+    for (int64_t o = tile.begin; o < tile.end; ++o)
+      for (int64_t c = 0; c < ins; c += k.lanes)
+        visit(tile.begin * block_width + c * (tile.end - tile.begin) + (o - tile.begin) * k.lanes, o, c,
+              std::min(k.lanes, ins - c));
+  }
+}
+
+void store(float* to, int64_t step, const float* from, int64_t count) {
+  if (step == 1) std::memcpy(to, from, count * sizeof(float));
+  for (int64_t i = 0; step != 1 && i < count; ++i) to[i * step] = from[i];
+}
+
 }  // namespace
 
 void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args) {
@@ -208,8 +230,7 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
   const int64_t parts = std::clamp<int64_t>(ceil_divide(kGradientChunks, slots), 1, blocks.count());
   const int64_t row_floats = ceil_divide(cg, k.lanes) * k.lanes, part_floats = a.k * row_floats;
   const auto& stride = args.dw.strides;
-  const bool in_place = parts == 1;
-  Buffer sums(in_place ? sizeof(float) : parts * part_floats * sizeof(float));
+  Buffer sums(parts > 1 ? parts * part_floats * sizeof(float) : sizeof(float));
   const int64_t block_width = ceil_divide(std::min(cg, block_size), k.lanes) * k.lanes;
   const int64_t acc_floats = std::min(kg, block_size) * block_width;
   const int64_t scratch_floats = acc_floats + blocks.block_rows * blocks.block_columns * k.lanes;
@@ -223,8 +244,6 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
         const int64_t c0 = slot % c_blocks * block_size, c1 = std::min(cg, c0 + block_size);
         const int64_t k0 = slot / c_blocks % k_blocks * block_size, k1 = std::min(kg, k0 + block_size);
         const int64_t g = slot / c_blocks / k_blocks;
-        // [tile of outs][vector of ins][out][lanes]: rows of dw can be so far apart that those of a tile compete for
-        // the same sets of L1.
         float *acc = scratch.as<float>() + thread * scratch_floats, *tail = acc + acc_floats;
         std::memset(acc, 0, acc_floats * sizeof(float));
         StripWeightTile t{};
@@ -233,29 +252,30 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
         t.acc_step = k.lanes;
         const Range mine = split(blocks.count(), parts, part);
         for (int64_t block = mine.begin; block < mine.end; ++block) {
-          const int64_t n = blocks.image(block);
           const Range rows = blocks.row_range(block), columns = blocks.column_range(block);
-          const float* dy_block = dy + n * to.image + rows.begin * to.row + columns.begin * to.pixel + g * kg + k0;
-          const float* x_block = x + n * from.image + rows.begin * from.row + columns.begin * from.pixel + g * cg;
+          const float* dy_block = dy + blocks.offset(block, to) + g * kg + k0;
+          const float* x_block = x + blocks.offset(block, from) + g * cg;
           t.rows = rows.end - rows.begin, t.columns = columns.end - columns.begin;
           // Rows of the gradient in parts that fit the registers, so that dy of a part stays in L1.
-          const int64_t tiles = ceil_divide(k1 - k0, k.strip_sums), c_lines = ceil_divide(c1 - c0, k.lanes);
-          const int64_t following = std::min(block + 1, mine.end - 1), n2 = blocks.image(following);
-          const Range rows2 = blocks.row_range(following), columns2 = blocks.column_range(following);
-          const float* dy_next = dy + n2 * to.image + rows2.begin * to.row + columns2.begin * to.pixel + g * kg + k0;
-          const float* x_next = x + n2 * from.image + rows2.begin * from.row + columns2.begin * from.pixel + g * cg;
+          const int64_t tiles = ceil_divide(k1 - k0, k.strip_sums);
+          const int64_t vectors = ceil_divide(c1 - c0, k.lanes);
+          const int64_t next = std::min(block + 1, mine.end - 1);
+          const float* dy_next = dy + blocks.offset(next, to) + g * kg + k0;
+          const float* x_next = x + blocks.offset(next, from) + g * cg + c0;
+          // The next block is fetched meanwhile, a cache line of each pixel with every tile: dy, then x.
+          const auto set_next = [&](StripWeightTile& tile, int64_t channel) {
+            const bool of_dy = channel < k1 - k0, none = channel >= k1 - k0 + c1 - c0;
+            tile.next = of_dy ? dy_next + channel : none ? x_next : x_next + channel - (k1 - k0);
+            tile.next_step = of_dy ? to.pixel : none ? 0 : from.pixel;
+            tile.next_row_step = of_dy ? to.row : none ? 0 : from.row;
+          };
           for (int64_t j = 0; j < tiles; ++j) {
             const Range outs = split(k1 - k0, tiles, j);
             t.a = dy_block + outs.begin;
             t.taps = outs.end - outs.begin;
             for (int64_t c = c0; c < c1; c += k.lanes) {
               t.acc = acc + outs.begin * block_width + (c - c0) * t.taps;
-              // A cache line of each pixel of the next block: those of dy, then those of x.
-              const int64_t line = (j * c_lines + (c - c0) / k.lanes) * kBlock;
-              const bool of_dy = line < k1 - k0;
-              t.next = of_dy ? dy_next + line : x_next + c0 + line - (k1 - k0);
-              t.next_step = of_dy ? to.pixel : from.pixel;
-              t.next_row_step = of_dy ? to.row : from.row;
+              set_next(t, (j * vectors + (c - c0) / k.lanes) * kBlock);
               t.b = x_block + c;
               t.b_step = from.pixel;
               t.b_row_step = t.rows > 1 ? from.row : 0;
@@ -270,25 +290,15 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
             }
           }
         }
-        const int64_t tiles = ceil_divide(k1 - k0, k.strip_sums);
-        for (int64_t j = 0; j < tiles; ++j) {
-          const Range outs = split(k1 - k0, tiles, j);
-          for (int64_t o = outs.begin; o < outs.end; ++o)
-            for (int64_t c = c0; c < c1; c += k.lanes) {
-              const float* from_acc = acc + outs.begin * block_width + (c - c0) * (outs.end - outs.begin) +
-                                      (o - outs.begin) * k.lanes;
-              const int64_t row = g * kg + k0 + o, valid = std::min(k.lanes, c1 - c);
-              if (!in_place)
-                std::memcpy(sums.as<float>() + part * part_floats + row * row_floats + c, from_acc,
-                            valid * sizeof(float));
-              else
-                for (int64_t l = 0; l < valid; ++l)
-                  args.dw.as<float>()[row * stride[0] + (c + l) * stride[1]] = from_acc[l];
-            }
-        }
+        for_sums(k1 - k0, c1 - c0, block_width, [&](int64_t at, int64_t o, int64_t c, int64_t count) {
+          const int64_t row = g * kg + k0 + o;
+          if (parts > 1)
+            return store(sums.as<float>() + part * part_floats + row * row_floats + c0 + c, 1, acc + at, count);
+          store(args.dw.as<float>() + row * stride[0] + (c0 + c) * stride[1], stride[1], acc + at, count);
+        });
       },
       threads);
-  if (in_place) return;
+  if (parts == 1) return;
 
   parallel_ranges(a.k, std::max<int64_t>((int64_t{1} << 15) / (parts * row_floats), 1),
                   [&](int64_t begin, int64_t end) {

@@ -67,7 +67,7 @@ struct StripTile : TileOutput {
   int64_t x_step, x_row_step;
   int64_t rows, taps;
   const float* w;     // [rows][taps][vectors * lanes]
-  const float* next;  // pixels next_step apart, as many as the tile's, whose first row is read next; null: none
+  const float* next;  // pixels next_step apart, as many as the tile's, which are fetched into L2; null: none
   int64_t next_step;
 };
 using StripTileFunction = void (*)(const StripTile&);
@@ -83,7 +83,7 @@ struct StripWeightTile {
   int64_t tap_rows, taps;      // r < tap_rows, j < taps
   float* acc;
   int64_t acc_step;   // from one j to the next; those of r follow each other
-  const float* next;  // what is wanted next: a cache line is fetched for each pixel
+  const float* next;  // wanted next: a cache line of it is fetched into L2 for each pixel
   int64_t next_step, next_row_step;
 };
 
@@ -158,6 +158,37 @@ struct OuterTile {
   bool streaming;   // non-temporal stores; y and y_step aligned to a line
 };
 
+// Groups whose channels share a vector: index[i][lane] is the lane of channel i of the group that `lane` belongs to.
+constexpr int64_t kGroupedTaps = 3;  // neighbouring taps of a kernel row that are taken together, at most
+
+// One register tile: y[pixel][lane] = sum over runs, taps s and i < group of x[pixel + s][channel i of the lane's
+// group]
+// * w[s][i][lane]. Pixels of x are kBlock floats apart.
+struct GroupedTile : TileOutput {
+  struct Run {
+    const float *x, *w;
+    int64_t taps;
+  };
+  const Run* runs;
+  int64_t run_count;
+  int64_t x_offset;      // of the tile within its row, added to every x
+  int64_t group;         // channels
+  const int32_t* index;  // [group][lanes]
+};
+using GroupedTileFunction = void (*)(const GroupedTile&);
+
+// The gradient of the weights of one run: acc[s][i][lane] += sum over pixels of x[pixel + s] dy[pixel][lane], where x
+// is channel i of the lane's group.
+struct GroupedWeightTile {
+  const float* x;
+  const int64_t* row_offsets;  // of x, one an output row
+  int64_t taps, group;
+  const int32_t* index;   // [group][lanes]
+  int64_t rows, columns;  // output pixels of the band
+  const float* dy;        // [rows * columns][lanes], packed
+  float* acc;
+};
+
 struct Conv2dKernels {
   int64_t lanes;
   int64_t tile_pixels;  // pixels of a direct tile: rows * pixels <= tile_pixels
@@ -182,6 +213,8 @@ struct Conv2dKernels {
   void (*weight_tile)(const WeightTile&);
   int64_t strip_sums;  // taps of a weight gradient whose sums fit the registers
   void (*strip_weight_tile)(const StripWeightTile&);
+  GroupedTileFunction grouped_tile[16];  // [pixels - 1]; null beyond tile_pixels
+  void (*grouped_weight_tile)(const GroupedWeightTile&);
   int64_t planar_vectors[kFewChannels];
   void (*planar_tile)(const PlanarTile&);
   void (*depthwise_rows)(const DepthwiseRows&);

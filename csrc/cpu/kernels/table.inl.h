@@ -6,6 +6,7 @@
 #include "cpu/kernels/conv2d.inl.h"
 #include "cpu/kernels/depthwise.inl.h"
 #include "cpu/kernels/elementwise.inl.h"
+#include "cpu/kernels/grouped.inl.h"
 #include "cpu/kernels/layout.inl.h"
 #include "cpu/kernels/loss.inl.h"
 #include "cpu/kernels/optimizer.inl.h"
@@ -35,6 +36,8 @@ constexpr Conv2dKernels conv2d_kernels() {
       weight_tile,
       kStripSums,
       strip_weight_tile,
+      {FC_GROUPED_ROW},
+      grouped_weight_tile,
       {planar_vectors<1>(), planar_vectors<2>(), planar_vectors<3>(), planar_vectors<4>()},
       planar_tile,
       depthwise_rows<DepthwiseRows>,
