@@ -33,6 +33,8 @@ ALGORITHMS = [
 if ON_CUDA:
     ALGORITHMS = ["depthwise", "simt"]  # of float32
     device.install()
+# Those that explain() may name; on a device some take no float32.
+NAMES = [*ALGORITHMS, "sm90", "sm80"] if ON_CUDA else ALGORITHMS
 
 # A job in the background of a shell ignores Ctrl-C, and so would the processes that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
