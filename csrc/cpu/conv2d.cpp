@@ -16,6 +16,7 @@ namespace {
 constexpr ConvForward kForward[] = {
     {"depthwise", depthwise::supports, depthwise::forward},
     {"first_layer", first_layer::supports, first_layer::forward},
+    {"few_pixels", few_pixels::supports, few_pixels::forward},
     {"pointwise", pointwise::supports, pointwise::forward},
     {"winograd", winograd::supports, winograd::forward},
     {"direct", direct::supports, direct::forward},
@@ -52,6 +53,26 @@ std::string forced() {
 
 int64_t elements(const Shape& s) { return s[0] * s[1] * s[2] * s[3]; }
 
+// w[k] * scale[k] in a memory of its own, channels-last.
+TensorView scaled(const Conv2dProblem& a, TensorView w, const void* scale, const Buffer& memory) {
+  const int64_t row = a.s * a.cg();
+  dispatch_float(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    parallel_ranges(a.k, std::max<int64_t>(8192 / (a.r * row), 1), [&](int64_t begin, int64_t end) {
+      T* to = memory.as<T>() + begin * a.r * row;
+      for (int64_t k = begin; k < end; ++k)
+        for (int64_t r = 0; r < a.r; ++r)
+          for (int64_t s = 0; s < a.s; ++s) {
+            const T* from = w.as<T>() + k * w.strides[0] + r * w.strides[2] + s * w.strides[3];
+            for (int64_t c = 0; c < a.cg(); ++c) *to++ = from[c * w.strides[1]] * static_cast<const T*>(scale)[k];
+          }
+    });
+  });
+  w.data = memory.as<void>();
+  w.strides = {a.r * row, 1, row, a.cg()};
+  return w;
+}
+
 }  // namespace
 
 void set_conv2d_algorithm(const std::string& name) {
@@ -72,7 +93,13 @@ void conv2d_forward(const Conv2dProblem& problem, const ForwardArguments& args) 
   const bool is_clamp = args.activation == Activation::kNone || args.activation == Activation::kReLU ||
                         args.activation == Activation::kReLU6;
   if (!is_clamp) clamped.activation = Activation::kNone;
-  select(kForward, problem, forced()).run(problem, clamped);
+  const ConvForward& implementation = select(kForward, problem, forced());
+  Buffer folded;
+  if (args.scale && !(args.cache && args.cache->holds(implementation.name))) {
+    folded = Buffer(elements(problem.w_shape()) * itemsize(problem.dtype));
+    clamped.w = scaled(problem, args.w, args.scale, folded);
+  }
+  implementation.run(problem, clamped);
   if (!is_clamp) apply_activation(args.activation, problem.dtype, args.y, elements(problem.y_shape()));
 }
 

@@ -65,13 +65,15 @@ struct Problem {
   direct::WeightView w;
   Epilogue epilogue;
   bool streaming;
+  WeightCache* cache = nullptr;
 };
 
 // fill(image, rows, columns, first channel, channels) writes the gaps of y that belong to a block.
 template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& fill) {
   const auto& k = kernels().conv2d;
   const direct::Panels panels{d.outs, k.tile_k, k.lanes};
-  const direct::PackedWeights weights = direct::pack_weights(d.w, d.groups, d.outs, d.ins, {{0, 0}}, {{0, 0}});
+  const direct::PackedPanels weights =
+      direct::pack_weights(d.w, d.groups, d.outs, d.ins, {{0, 0}}, {{0, 0}}, d.cache, "pointwise");
   const bool far = d.from.pixel > kFarChannels;
   const Blocks blocks(a,
                       std::clamp<int64_t>(kBlockFloats / std::max<int64_t>(d.ins, 1), 2 * k.tile_pixels, kBlockPixels));
@@ -145,7 +147,7 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
   run(a,
       {static_cast<const float*>(args.x), input_pixels(a), static_cast<float*>(args.y), output_pixels(a), a.groups,
        a.cg(), a.kg(), direct::forward_weights(a, args.w), make_epilogue(args),
-       a.kg() % kBlock == 0 && worth_streaming(a.n * a.p * a.q, a.k)},
+       a.kg() % kBlock == 0 && worth_streaming(a.n * a.p * a.q, a.k), args.cache},
       [](int64_t, Range, Range, int64_t, int64_t) {});
 }
 

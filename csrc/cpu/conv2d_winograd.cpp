@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "core/allocator.h"
 #include "cpu/conv2d_direct.h"
@@ -155,21 +156,45 @@ void transform_input(const SourceImage& source, const Axis& rows, const Axis& co
   }
 }
 
-// u of one panel: [position][channel][width].
+// Channels whose weights are packed at a time: whole cache lines side by side, for the memory's sake.
+constexpr int64_t kPackedChannels = 4 * kBlock;
+
+// Channels [c, c + count) of one panel: [tap][kPackedChannels][width], with gaps where there are fewer.
+void pack_taps(const WeightView& w, const Axis& rows, const Axis& columns, const Panels& panels, int64_t g,
+               int64_t panel, int64_t c, int64_t count, float* to) {
+  const int64_t width = panels.width(panel);
+  const float* src = w.data + g * w.group + panel * panels.tile_k * w.out + c * w.in;
+  for (int64_t i = 0; i < kTaps; ++i)
+    kernels().conv2d.pack_weights(src + rows.index[i / 3] * w.row + columns.index[i % 3] * w.column, w.out, w.in,
+                                  panels.channels(panel), count, width, to + i * kPackedChannels * width);
+}
+
+// u of one panel: [position][channel][width]. packed: all its channels as pack_taps leaves them, or null.
 void transform_weights(const WeightView& w, const Axis& rows, const Axis& columns, const Panels& panels, int64_t g,
-                       int64_t panel, Range channels, float* u, int64_t position) {
-  const auto& k = kernels();
-  constexpr int64_t kChannels = 4 * kBlock;  // whole cache lines side by side, for the memory's sake
-  const int64_t width = panels.width(panel), tap = kChannels * width;
-  alignas(64) float taps[kTaps * kChannels * 32];
-  const float* src = w.data + g * w.group + panel * panels.tile_k * w.out;
-  for (int64_t c = channels.begin; c < channels.end; c += kChannels) {
-    const int64_t count = std::min(kChannels, channels.end - c);
-    for (int64_t i = 0; i < kTaps; ++i)
-      k.conv2d.pack_weights(src + c * w.in + rows.index[i / 3] * w.row + columns.index[i % 3] * w.column, w.out, w.in,
-                            panels.channels(panel), count, width, taps + i * tap);
-    k.winograd.weights(taps, tap, count * width, u + c * width, position);
+                       int64_t panel, Range channels, float* u, int64_t position, const float* packed = nullptr) {
+  const int64_t width = panels.width(panel), tap = kPackedChannels * width;
+  alignas(64) float own[kTaps * kPackedChannels * 32];
+  for (int64_t c = channels.begin; c < channels.end; c += kPackedChannels) {
+    const int64_t count = std::min(kPackedChannels, channels.end - c);
+    if (!packed) pack_taps(w, rows, columns, panels, g, panel, c, count, own);
+    kernels().winograd.weights(packed ? packed + kTaps * c * width : own, tap, count * width, u + c * width, position);
   }
+}
+
+// All weights as pack_taps leaves them, panel by panel: a quarter of u, which would be slower to read from memory than
+// it is to transform.
+PackedWeights packed_taps(const DirectProblem& d, const Axis& rows, const Axis& columns, const Panels& panels,
+                          int64_t panel_floats) {
+  const int64_t count = d.groups * panels.count();
+  return PackedWeights(d.cache, "winograd", count * panel_floats, [&](float* to) {
+    parallel_for(count, [&](int64_t i, int) {
+      const int64_t panel = i % panels.count();
+      for (int64_t c = 0; c < d.source.channels; c += kPackedChannels)
+        pack_taps(d.w, rows, columns, panels, i / panels.count(), panel, c,
+                  std::min(kPackedChannels, d.source.channels - c),
+                  to + i * panel_floats + kTaps * c * panels.width(panel));
+    });
+  });
 }
 
 // m = v u at every position, for the tiles [mine).
@@ -233,10 +258,11 @@ void run_small(const DirectProblem& d, const Tiles& tiles, const Axis& rows, con
   const int64_t channels = d.source.channels, u_position = channels * panels.tile_k + kSkew;
   const int64_t u_panel = kPositions * u_position;
 
-  Buffer weights(d.groups * panels.count() * u_panel * sizeof(float));
-  parallel_for(d.groups * panels.count(), [&](int64_t i, int) {
-    transform_weights(d.w, rows, columns, panels, i / panels.count(), i % panels.count(), {0, channels},
-                      weights.as<float>() + i * u_panel, u_position);
+  const PackedWeights weights(d.cache, "winograd", d.groups * panels.count() * u_panel, [&](float* u) {
+    parallel_for(d.groups * panels.count(), [&](int64_t i, int) {
+      transform_weights(d.w, rows, columns, panels, i / panels.count(), i % panels.count(), {0, channels},
+                        u + i * u_panel, u_position);
+    });
   });
 
   // Whole register tiles that fit L2, but not so many that a thread would find no work.
@@ -258,7 +284,7 @@ void run_small(const DirectProblem& d, const Tiles& tiles, const Axis& rows, con
         const Block v{own, mine, v_position}, m{own + kPositions * v_position, mine, m_position};
         transform_input(group_source(d.source, g), rows, columns, tiles, mine, v);
         for (int64_t panel = 0; panel < panels.count(); ++panel) {
-          multiply(tiles, mine, v, channels, weights.as<float>() + (g * panels.count() + panel) * u_panel, u_position,
+          multiply(tiles, mine, v, channels, weights.data() + (g * panels.count() + panel) * u_panel, u_position,
                    panels.width(panel), m);
           transform_output(d, tiles, mine, panels, g, panel, m);
         }
@@ -274,6 +300,9 @@ void run_large(const DirectProblem& d, const Tiles& tiles, const Axis& rows, con
   const int64_t v_position = input_position(channels, size), m_position = kLargeTiles * panels.tile_k + kSkew;
   const int64_t scratch_floats = kPositions * (u_position + m_position);
   const int threads = num_threads();
+  const int64_t packed_panel = kTaps * ceil_divide(channels, kPackedChannels) * kPackedChannels * panels.tile_k;
+  std::optional<PackedWeights> packed;
+  if (d.cache) packed.emplace(packed_taps(d, rows, columns, panels, packed_panel));
 
   Buffer shared(kPositions * v_position * sizeof(float)), scratch(threads * scratch_floats * sizeof(float));
   for (int64_t section = 0; section < d.groups * sections; ++section) {
@@ -292,7 +321,8 @@ void run_large(const DirectProblem& d, const Tiles& tiles, const Axis& rows, con
           const int64_t panel = i / parts;
           const Range part = split(count, parts, i % parts);
           float* const u = scratch.as<float>() + thread * scratch_floats;
-          transform_weights(d.w, rows, columns, panels, g, panel, {0, channels}, u, u_position);
+          transform_weights(d.w, rows, columns, panels, g, panel, {0, channels}, u, u_position,
+                            packed ? packed->data() + (g * panels.count() + panel) * packed_panel : nullptr);
           const int64_t groups = ceil_divide(part.end - part.begin, kLargeTiles);
           for (int64_t j = 0; j < groups; ++j) {
             const Range few = split(part.end - part.begin, groups, j);

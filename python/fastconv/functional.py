@@ -24,7 +24,8 @@ Pair: TypeAlias = "int | tuple[int, int]"
 Padding: TypeAlias = "int | tuple[int, int] | tuple[tuple[int, int], tuple[int, int]] | str"
 
 
-def _optional(value: Input | None) -> Tensor | None:
+def optional_tensor(value: Input | None) -> Tensor | None:
+    """As `as_tensor`; None stays."""
     return None if value is None else as_tensor(value)
 
 
@@ -49,7 +50,7 @@ def conv2d(
     x[N,C,H,W], weight[K,C/groups,R,S], bias[K], residual[N,K,P,Q] -> [N,K,P,Q].
     """
     check_activation(activation)
-    inputs = (as_tensor(x), as_tensor(weight), _optional(bias), _optional(residual))
+    inputs = (as_tensor(x), as_tensor(weight), optional_tensor(bias), optional_tensor(residual))
     if activation is not None and activation not in _FROM_OUTPUT and records(inputs):
         y = conv2d(*inputs[:3], stride, padding, dilation, groups, residual=inputs[3])
         return activate(y, activation)
@@ -79,7 +80,7 @@ def conv_transpose2d(
     dilation: Pair = 1,
 ) -> Tensor:
     """Transposed convolution: x[N,C,H,W], weight[C,K/groups,R,S] -> [N,K,P,Q]."""
-    inputs = (as_tensor(x), as_tensor(weight), _optional(bias))
+    inputs = (as_tensor(x), as_tensor(weight), optional_tensor(bias))
     xd, wd = inputs[0].data, inputs[1].data
     sizes = (stride, padding, output_padding, groups, dilation)
 
@@ -91,7 +92,7 @@ def conv_transpose2d(
 
 def linear(x: Input, weight: Input, bias: Input | None = None) -> Tensor:
     """x[..., in] times weight[out, in] transposed, plus bias[out]."""
-    inputs = (as_tensor(x), as_tensor(weight), _optional(bias))
+    inputs = (as_tensor(x), as_tensor(weight), optional_tensor(bias))
     xd, wd = inputs[0].data, inputs[1].data
 
     def backward(dy: Array, needs: Needs) -> Sequence[Array | None]:
@@ -120,7 +121,7 @@ def batch_norm(
     communicator: the batch is that of all its processes together; one of them may have N = 0.
     """
     check_activation(activation)
-    inputs = (as_tensor(x), _optional(weight), _optional(bias), _optional(residual))
+    inputs = (as_tensor(x), optional_tensor(weight), optional_tensor(bias), optional_tensor(residual))
     if activation is not None and activation not in _FROM_OUTPUT and records(inputs):
         x, weight, bias, residual = inputs
         options: dict[str, Any] = {"residual": residual, "communicator": communicator}
