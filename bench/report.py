@@ -19,7 +19,7 @@ from typing import Any
 import fastconv
 from bench.measure import Samples
 
-PACKAGES = ("fastconv", "numpy", "torch")
+PACKAGES = ("fastconv", "numpy", "torch", "onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,15 @@ from fastconv import data
 Result = TypeVar("Result")
 
 # Every implementation of convolution, in each direction where it has one.
-ALGORITHMS = ["winograd", "direct", "pointwise", "depthwise", "first_layer", "reference"]
+ALGORITHMS = [
+    "winograd",
+    "direct",
+    "pointwise",
+    "few_pixels",
+    "depthwise",
+    "first_layer",
+    "reference",
+]
 
 # A job in the background of a shell ignores Ctrl-C, and so would the processes that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -18,7 +18,7 @@ struct ForwardArguments {
   const void* residual;  // shaped like y, or null
   Activation activation;
   void* y;
-  const void* scale = nullptr;  // [K]: w is to be multiplied by it
+  const void* scale = nullptr;   // [K]: w is to be multiplied by it
   WeightCache* cache = nullptr;  // of w times scale
 };
 

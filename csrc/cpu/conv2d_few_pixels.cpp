@@ -1,5 +1,5 @@
-// 1x1 kernels over few pixels, as in dense layers and squeeze-excitation: packing the weights would cost more than using
-// them, so they are read where they lie. Bound: memory, for the weights.
+// 1x1 kernels over few pixels, as in dense layers and squeeze-excitation: packing the weights would cost more than
+// using them, so they are read where they lie. Bound: memory, for the weights.
 #include <algorithm>
 
 #include "cpu/conv2d.h"

@@ -82,7 +82,25 @@ template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& 
   const int64_t far_pixel = ceil_divide(d.ins, kBlock) * kBlock + kBlock;
   const int64_t scratch_floats = far ? blocks.block_rows * blocks.block_columns * far_pixel : 0;
   const int threads = num_threads();
-  Buffer scratch(std::max<int64_t>(threads * scratch_floats, 1) * sizeof(float));
+  // Of few pixels: the weights, each used a few times only, may come from memory, and many chunks read a block, so it
+  // is copied once for all of them instead of by each.
+  const bool few = panel_parts > 2, shared = far && few;
+  Buffer scratch(std::max<int64_t>((shared ? blocks.count() * d.groups : threads) * scratch_floats, 1) * sizeof(float));
+  const auto source = [&](int64_t g, int64_t block) {
+    return d.x + blocks.image(block) * d.from.image + blocks.row_range(block).begin * d.from.row +
+           blocks.column_range(block).begin * d.from.pixel + g * d.ins;
+  };
+  const auto copy_block = [&](int64_t g, int64_t block, float* to) {
+    const Range rows = blocks.row_range(block), columns = blocks.column_range(block);
+    const float* x = source(g, block);
+    for (int64_t row = 0; row < rows.end - rows.begin; ++row)
+      for (int64_t q = 0; q < columns.end - columns.begin; ++q, to += far_pixel)
+        std::memcpy(to, x + row * d.from.row + q * d.from.pixel, d.ins * sizeof(float));
+  };
+  if (shared)
+    parallel_for(blocks.count() * d.groups, [&](int64_t i, int) {
+      copy_block(i % d.groups, i / d.groups, scratch.as<float>() + i * scratch_floats);
+    });
 
   parallel_for(
       blocks.count() * d.groups * panel_parts,
@@ -92,7 +110,7 @@ template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& 
         const Range mine = split(panels.count(), panel_parts, part);
         const Range rows = blocks.row_range(block), columns = blocks.column_range(block);
         const int64_t width = columns.end - columns.begin;
-        const float* x = d.x + n * d.from.image + rows.begin * d.from.row + columns.begin * d.from.pixel + g * d.ins;
+        const float* x = source(g, block);
         const int64_t y = n * d.to.image + rows.begin * d.to.row + columns.begin * d.to.pixel + g * d.outs;
         StripTile t{};
         t.x_step = d.from.pixel;
@@ -102,11 +120,8 @@ template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& 
         t.streaming = d.streaming;
         int64_t x_row = d.from.row;
         if (far) {
-          float* copy = scratch.as<float>() + thread * scratch_floats;
-          for (int64_t row = 0; row < rows.end - rows.begin; ++row)
-            for (int64_t q = 0; q < width; ++q)
-              std::memcpy(copy + (row * width + q) * far_pixel, x + row * d.from.row + q * d.from.pixel,
-                          d.ins * sizeof(float));
+          float* copy = scratch.as<float>() + (shared ? block * d.groups + g : thread) * scratch_floats;
+          if (!shared) copy_block(g, block, copy);
           x = copy;
           x_row = width * far_pixel;
           t.x_step = far_pixel;
@@ -117,6 +132,10 @@ template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& 
         for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
           const int64_t channel = panel * k.tile_k;
           t.w = weights.panel(g * panels.count() + panel);
+          // What this thread wants next is fetched while it uses these.
+          const int64_t following =
+              panel + 1 < mine.end ? panel + 1 : panel + 1 + (threads - 1) * (mine.end - mine.begin);
+          const int64_t next_floats = few && following < panels.count() ? d.ins * panels.width(panel) : 0;
           t.bias = d.epilogue.bias ? d.epilogue.bias + g * d.outs + channel : nullptr;
           t.channels = panels.channels(panel);
           const auto* tile = k.strip[panels.width(panel) / k.lanes - 1];
@@ -127,6 +146,8 @@ template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& 
               t.x = x + row * x_row + pixels.begin * t.x_step;
               t.y = d.y + at;
               t.residual = d.epilogue.residual ? d.epilogue.residual + at : nullptr;
+              const int64_t ahead = (row * tiles + j) * d.ins * kBlock;
+              t.next = ahead < next_floats ? t.w + (following - panel) * weights.panel_floats + ahead : nullptr;
               tile[pixels.end - pixels.begin - 1](t);
             }
         }

@@ -5,14 +5,14 @@ In evaluation batch norm is a scale and a shift of each channel, so that
     batch_norm(conv(x, w) + b) = conv(x, w * scale) + shift,
     scale = gamma / sqrt(var + eps), shift = beta + (b - mean) * scale
 
-(Jacob et al. 2018, arXiv 1712.05877, section 3.2). `Conv2d` and `nn.conv_norm` compute this, without
-a pass over memory for the batch norm, when nothing records a gradient, and keep the weights in the
-form that the kernels read. What is kept is never out of date:
+(Jacob et al. 2018, arXiv 1712.05877, section 3.2). When nothing records a gradient, `Conv2d` and
+`nn.conv_norm` compute this, without a pass over memory for the batch norm, and keep the weights in
+the form that the kernels read. What is kept is never out of date:
 
-- A weight counts as unchanged while nobody could have changed it. `Parameter` notes every use of its
-  `data`, by an optimiser, `load_state_dict`, an average or anybody else; and while anything but the
-  parameter refers to the array (a variable, a view, a torch tensor, a `state_dict`), nothing is kept
-  and the weights are packed in each call.
+- A weight counts as unchanged while nobody could have changed it. `Parameter` notes every use of
+  its `data`, by an optimiser, `load_state_dict`, an average or anybody else. And while anything but
+  the parameter refers to the array (a variable, a view, a torch tensor, a `state_dict`), nothing is
+  kept: the weights are packed in each call.
 - Biases, running statistics and the batch norm's weights are compared with copies in each call.
 
 Only a write through a bare address, of which no reference tells, goes unseen: call `eval()` after
@@ -21,7 +21,7 @@ it, which, as `train()`, forgets what is kept.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -36,6 +36,11 @@ if TYPE_CHECKING:
     from fastconv.nn import Conv2d, _BatchNorm
 
 _NONE = np.empty(0, np.float32)  # in the place of a vector that a layer does not have
+
+
+_Settings: TypeAlias = (
+    "tuple[tuple[int, int], str | tuple[int, int, int, int], tuple[int, int], int]"
+)
 
 
 class _Kept(NamedTuple):
@@ -55,7 +60,9 @@ class KeptWeights:
     """What a convolution keeps between calls in evaluation. Copies and pickles of it are empty."""
 
     def __init__(self) -> None:
-        self._kept: _Kept | None = None  # replaced as a whole: calls may come from several threads
+        # Both are replaced as a whole: calls may come from several threads.
+        self._kept: _Kept | None = None
+        self._settings: tuple[object, _Settings] | None = None
 
     def __reduce__(self) -> tuple[type[KeptWeights], tuple[()]]:
         return KeptWeights, ()
@@ -75,15 +82,25 @@ class KeptWeights:
             to_numpy(array_of(conv.weight), "weight"),
             kept.shift,
             None if residual is None else to_numpy(residual.data, "residual"),
-            pair(conv.stride, "stride"),
-            padding_sides(conv.padding),
-            pair(conv.dilation, "dilation"),
-            integer(conv.groups, "groups"),
+            *self._settings_of(conv),
             activation or "",
             kept.scale,
             kept.cache,
         )
         return Tensor(y)
+
+    def _settings_of(self, conv: Conv2d) -> _Settings:
+        """Stride, padding, dilation and groups as the kernels take them."""
+        given, settings = (conv.stride, conv.padding, conv.dilation, conv.groups), self._settings
+        if settings is None or settings[0] != given:
+            taken = (
+                pair(conv.stride, "stride"),
+                padding_sides(conv.padding),
+                pair(conv.dilation, "dilation"),
+                integer(conv.groups, "groups"),
+            )
+            self._settings = settings = (given, taken)
+        return settings[1]
 
     def _current(self, conv: Conv2d, norm: _BatchNorm | None) -> _Kept:
         """What belongs to the present weights, made anew where they are not those of last time."""
@@ -99,11 +116,7 @@ class KeptWeights:
         ):
             copies = [np.array(vector, order="C") for vector in vectors]
             scale, shift = _folded(copies, norm, eps)
-        elif (
-            kept.weight is weight
-            and kept.version == version
-            and sole == (kept.cache is not None)
-        ):
+        elif kept.weight is weight and kept.version == version and sole == (kept.cache is not None):
             return kept
         else:
             copies, scale, shift = kept.copies, kept.scale, kept.shift

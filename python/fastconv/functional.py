@@ -121,7 +121,12 @@ def batch_norm(
     communicator: the batch is that of all its processes together; one of them may have N = 0.
     """
     check_activation(activation)
-    inputs = (as_tensor(x), optional_tensor(weight), optional_tensor(bias), optional_tensor(residual))
+    inputs = (
+        as_tensor(x),
+        optional_tensor(weight),
+        optional_tensor(bias),
+        optional_tensor(residual),
+    )
     if activation is not None and activation not in _FROM_OUTPUT and records(inputs):
         x, weight, bias, residual = inputs
         options: dict[str, Any] = {"residual": residual, "communicator": communicator}

@@ -770,7 +770,11 @@ class Sequential(ModuleList):
             i += 0 if conv is None else 1
             name = _fusable(layers[i], layers[i + 1]) if i + 1 < len(layers) else None
             options = {} if name is None else {"activation": name}
-            x = layers[i](x, **options) if conv is None else conv_norm(conv, layers[i], x, **options)
+            x = (
+                layers[i](x, **options)
+                if conv is None
+                else conv_norm(conv, layers[i], x, **options)
+            )
             i += 1 if name is None else 2
         return x
 

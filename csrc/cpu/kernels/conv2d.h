@@ -65,7 +65,8 @@ struct StripTile : TileOutput {
   const float* x;
   int64_t x_step, x_row_step;
   int64_t rows, taps;
-  const float* w;  // [rows][taps][vectors * lanes]
+  const float* w;     // [rows][taps][vectors * lanes]
+  const float* next;  // wanted next: kBlock floats of it are prefetched a tap; or null
 };
 using StripTileFunction = void (*)(const StripTile&);
 
@@ -76,7 +77,7 @@ struct DotTile {
   int64_t x_step, w_step;  // between rows
   int64_t rows, length;    // rows <= dot_rows
   int64_t outs;
-  const float* bias;  // or null
+  const float* bias;      // or null
   const float* residual;  // like y, or null
   float* y;
   int64_t y_step;

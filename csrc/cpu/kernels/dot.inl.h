@@ -19,7 +19,8 @@ inline float sum_of(Vec a) {
   return a[0];
 }
 
-// Rows of x taken at once, and with R of them rows of the matrix: R*O sums, O of the matrix and 1 of x fill the registers.
+// Rows of x taken at once, and with R of them rows of the matrix: R*O sums, O of the matrix and 1 of x fill the
+// registers.
 constexpr int kDotRows = kRegisters / 4;
 template <int R> constexpr int kDotOuts = (kRegisters - 1) / (R + 1) < 8 ? (kRegisters - 1) / (R + 1) : 8;
 

@@ -25,6 +25,7 @@ from .activation import (
 )
 from .channels import cat, cat_backward, channel_gate, channel_gate_backward
 from .conv import (
+    PackedConv2d,
     conv2d,
     conv2d_backward,
     conv2d_output_shape,
@@ -80,6 +81,7 @@ __all__ = [
     "cat_backward",
     "channel_gate",
     "channel_gate_backward",
+    "PackedConv2d",
     "conv2d",
     "conv2d_backward",
     "conv2d_output_shape",
