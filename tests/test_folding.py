@@ -120,7 +120,7 @@ def test_kept_weights_give_the_bits_of_fresh_ones(isa: str, case: ConvCase) -> N
 
     packed = fc.PackedConv2d(data.w, **case.arguments)
     folded = np.asarray(data.w) * factors[:, None, None, None]
-    for (name, first), (_, expected) in zip(
+    for (_, first), (_, expected) in zip(
         each_algorithm(kept),
         each_algorithm(lambda: fc.conv2d(x, folded, **case.arguments)),
         strict=True,

@@ -65,6 +65,7 @@ from .pool import (
 from .response_norm import local_response_norm, local_response_norm_backward
 
 __all__ = [
+    "PackedConv2d",
     "adamw_step",
     "adaptive_avg_pool2d",
     "adaptive_avg_pool2d_backward",
@@ -81,7 +82,6 @@ __all__ = [
     "cat_backward",
     "channel_gate",
     "channel_gate_backward",
-    "PackedConv2d",
     "conv2d",
     "conv2d_backward",
     "conv2d_output_shape",
