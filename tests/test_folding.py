@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fastconv.ema import EMA
 
 import fastconv as fc
 from fastconv import models, nn, no_grad, optim
-from fastconv.ema import EMA
 from fastconv.module import ARRAY_OF_PARAMETER, Parameter, array_of
 from tests.cases import CONV_GEOMETRY, CONV_GROUPS, CONV_PADDING, ConvCase
 from tests.conftest import each_algorithm
