@@ -2,8 +2,8 @@
 
 In evaluation batch norm is a fixed scale and shift for each channel, which the convolution before
 it can take into its own weights; its ReLU runs while the output is still in registers. The weights
-are brought into the kernels' form once. The models of `fastconv.nn` do all this by themselves, after
-`model.eval()` and under `no_grad()`.
+are brought into the kernels' form once. The models of `fastconv.nn` do all this by themselves,
+after `model.eval()` and under `no_grad()`.
 
     python examples/fused_inference.py
 """
