@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fastconv.ema import EMA
 
 import fastconv as fc
 from fastconv import models, nn, no_grad, optim
 from fastconv.module import ARRAY_OF_PARAMETER, Parameter, array_of
+from fastconv.train.ema import EMA
 from tests.cases import CONV_GEOMETRY, CONV_GROUPS, CONV_PADDING, ConvCase
 from tests.conftest import each_algorithm
 from tests.memory import channels_last
