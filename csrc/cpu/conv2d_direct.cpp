@@ -67,8 +67,8 @@ struct Upcoming {
 
 // The rows of the source under the taps of a range of outputs, of all its channels.
 Upcoming source_rows(const SourceImage& source, const AxisTaps& rows, const BandRange& range) {
-  const auto [low, high] = std::minmax_element(rows.taps.begin(), rows.taps.end(),
-                                               [](auto& a, auto& b) { return a.offset < b.offset; });
+  const auto [low, high] =
+      std::minmax_element(rows.taps.begin(), rows.taps.end(), [](auto& a, auto& b) { return a.offset < b.offset; });
   if (low == rows.taps.end()) return {nullptr, 0};
   const int64_t row_floats = source.w * source.pixel;
   const int64_t begin = std::clamp<int64_t>(range.y0 * rows.step + low->offset, 0, source.h);
@@ -135,16 +135,14 @@ void run_panel(const DirectProblem& d, const Band& band, const BandRange& range,
 
 }  // namespace
 
-PackedWeights pack_weights(const WeightView& w, int64_t groups, int64_t outs, int64_t ins,
-                           const std::vector<AxisTaps::Tap>& rows, const std::vector<AxisTaps::Tap>& columns) {
+PackedPanels pack_weights(const WeightView& w, int64_t groups, int64_t outs, int64_t ins,
+                          const std::vector<AxisTaps::Tap>& rows, const std::vector<AxisTaps::Tap>& columns,
+                          WeightCache* cache, const char* name) {
   const auto& k = kernels().conv2d;
   const Panels panels{outs, k.tile_k, k.lanes};
-  const int64_t taps = rows.size() * columns.size();
-  PackedWeights packed{Buffer(std::max<int64_t>(groups * panels.count() * taps * ins * k.tile_k, 1) * sizeof(float)),
-                       taps * ins * k.tile_k};
-  parallel_for(groups * panels.count(), [&](int64_t i, int) {
+  const int64_t taps = rows.size() * columns.size(), panel_floats = taps * ins * k.tile_k;
+  const auto pack_panel = [&](int64_t i, float* dst) {
     const int64_t g = i / panels.count(), panel = i % panels.count(), width = panels.width(panel);
-    float* dst = packed.storage.as<float>() + i * packed.panel_floats;
     const float* src = w.data + g * w.group + panel * k.tile_k * w.out;
     const auto pack = [&](int64_t c, int64_t tap) {
       const int64_t channels = std::min(kBlock, ins - c), row = tap / columns.size(), column = tap % columns.size();
@@ -158,14 +156,20 @@ PackedWeights pack_weights(const WeightView& w, int64_t groups, int64_t outs, in
     else
       for (int64_t c = 0; c < ins; c += kBlock)
         for (int64_t tap = 0; tap < taps; ++tap) pack(c, tap);
-  });
-  return packed;
+  };
+  return {PackedWeights(cache, name, groups * panels.count() * panel_floats,
+                        [&](float* to) {
+                          parallel_for(groups * panels.count(),
+                                       [&](int64_t i, int) { pack_panel(i, to + i * panel_floats); });
+                        }),
+          panel_floats};
 }
 
 void run(const DirectProblem& d) {
   const auto& k = kernels().conv2d;
   const Panels panels{d.outs, k.tile_k, k.lanes};
-  const PackedWeights weights = pack_weights(d.w, d.groups, d.outs, d.source.channels, d.rows.taps, d.columns.taps);
+  const PackedPanels weights =
+      pack_weights(d.w, d.groups, d.outs, d.source.channels, d.rows.taps, d.columns.taps, d.cache, "direct");
   const Band shape(d.source, d.rows, d.columns);
   const Blocking blocking =
       choose_blocking(shape, d.images, d.rows.outputs, d.columns.outputs, k.tile_pixels, kBandFloats);
@@ -190,7 +194,8 @@ void run(const DirectProblem& d) {
         // The band that this thread is likely to take next is fetched meanwhile.
         Upcoming upcoming{nullptr, 0};
         if (d.groups == 1 && panel_parts == 1 && b + threads < blocking.bands())
-          upcoming = source_rows(d.source, d.rows, band_range(blocking, b + threads, d.images, d.rows.outputs, d.columns.outputs));
+          upcoming = source_rows(d.source, d.rows,
+                                 band_range(blocking, b + threads, d.images, d.rows.outputs, d.columns.outputs));
         for (int64_t panel = mine.begin; panel < mine.end; ++panel)
           run_panel(d, band, range, weights.panel(g * panels.count() + panel), g, panel, panels, taps, upcoming);
       },
@@ -211,7 +216,10 @@ constexpr int64_t kGradientChunks = 16;
 class UpcomingLines {
  public:
   UpcomingLines(const float* at, int64_t pixels, int64_t pixel, int64_t channels, int64_t count)
-      : at_(at), pixel_(pixel), count_(count), parts_(ceil_divide(pixels, count)),
+      : at_(at),
+        pixel_(pixel),
+        count_(count),
+        parts_(ceil_divide(pixels, count)),
         left_(at ? parts_ * ceil_divide(channels, kBlock) : 0) {}
   bool set_next(WeightTile& t) {
     if (left_ == 0) return false;
@@ -227,8 +235,8 @@ class UpcomingLines {
 };
 
 // Adds one band's share of dw for one panel of channels: acc [channel block][tap][channel][width].
-void add_band(const WeightGradientProblem& d, int64_t channels, const Band& band, const BandRange& range, const Panels& panels, int64_t g,
-              int64_t panel, float* dy, float* acc, UpcomingLines (&upcoming)[2]) {
+void add_band(const WeightGradientProblem& d, int64_t channels, const Band& band, const BandRange& range,
+              const Panels& panels, int64_t g, int64_t panel, float* dy, float* acc, UpcomingLines (&upcoming)[2]) {
   const auto& k = kernels().conv2d;
   const int64_t row_taps = d.rows.taps.size(), column_taps = d.columns.taps.size(), taps = row_taps * column_taps;
   const int64_t dy_pixel = d.groups * d.outs, rows = d.rows.outputs, columns = d.columns.outputs;
@@ -288,8 +296,8 @@ void run(const WeightGradientProblem& d) {
   // A chunk owns the sums of some panels and some channel blocks of one group, few enough that they and the blocks'
   // band stay in L2, over one part of the bands; the parts are summed in order at the end.
   const int64_t block_floats = shape.max_floats(b.images, b.rows, b.columns) / shape.blocks();
-  const int64_t block_parts =
-      ceil_divide(shape.blocks(), std::max<int64_t>(kGradientFloats / std::max(block_floats, taps * kBlock * panels.tile_k), 1));
+  const int64_t block_parts = ceil_divide(
+      shape.blocks(), std::max<int64_t>(kGradientFloats / std::max(block_floats, taps * kBlock * panels.tile_k), 1));
   const int64_t chunk_blocks = ceil_divide(shape.blocks(), block_parts);
   int64_t panel_parts = ceil_divide(
       panels.count(), std::max<int64_t>(kGradientFloats / (chunk_blocks * taps * kBlock * panels.tile_k), 1));
@@ -332,10 +340,12 @@ void run(const WeightGradientProblem& d) {
           const BandRange next = band_range(b, std::min(j + 1, my_bands.end - 1), d.images, rows, columns);
           const Upcoming x = source_rows(source, d.rows, next);
           const int64_t next_pixels = (next.n1 - next.n0) * (next.y1 - next.y0) * columns, dy_pixel = d.groups * d.outs;
-          const float* dy = d.dy + (next.n0 * rows + next.y0) * columns * dy_pixel + g * d.outs + mine.begin * panels.tile_k;
+          const float* dy =
+              d.dy + (next.n0 * rows + next.y0) * columns * dy_pixel + g * d.outs + mine.begin * panels.tile_k;
           UpcomingLines upcoming[2] = {
               {x.at + source.first_channel, x.floats / source.pixel, source.pixel, source.channels, pixels},
-              {dy, next_pixels, dy_pixel, std::min(d.outs, mine.end * panels.tile_k) - mine.begin * panels.tile_k, pixels}};
+              {dy, next_pixels, dy_pixel, std::min(d.outs, mine.end * panels.tile_k) - mine.begin * panels.tile_k,
+               pixels}};
           for (int64_t panel = mine.begin; panel < mine.end; ++panel)
             add_band(d, source.channels, band, range, panels, g, panel, packed + band_floats, sums_of(panel), upcoming);
         }
@@ -408,7 +418,8 @@ DirectProblem forward_problem(const Conv2dProblem& a, const ForwardArguments& ar
           a.q,
           a.k,
           make_epilogue(args),
-          a.kg() % kBlock == 0 && worth_streaming(a.n * a.p * a.q, a.k)};
+          a.kg() % kBlock == 0 && worth_streaming(a.n * a.p * a.q, a.k),
+          args.cache};
 }
 
 DirectProblem backward_problem(const Conv2dProblem& a, const BackwardInputArguments& args, const AxisTaps& rows,
