@@ -13,16 +13,17 @@ namespace {
 
 using MaybeArray = std::optional<py::array>;
 
-// The bias of a problem with `channels` outputs, checked and dense.
-std::optional<Vector> dense_bias(const MaybeArray& bias, DType dtype, int64_t channels) {
+// The bias, or another vector, of a problem with `channels` outputs, checked and dense.
+std::optional<Vector> dense_bias(const MaybeArray& bias, DType dtype, int64_t channels, const char* name = "bias") {
   if (!bias) return std::nullopt;
-  const TensorView v = view(*bias, "bias");
-  check_vector("bias", v, dtype, channels);
-  return Vector(v, "bias");
+  const TensorView v = view(*bias, name);
+  check_vector(name, v, dtype, channels);
+  return Vector(v, name);
 }
 
 py::array conv2d(const py::array& x_in, const py::array& w_in, const MaybeArray& bias, const MaybeArray& residual,
-                 Pair stride, const Padding& padding, Pair dilation, int64_t groups, const std::string& activation) {
+                 Pair stride, const Padding& padding, Pair dilation, int64_t groups, const std::string& activation,
+                 const MaybeArray& scale, cpu::WeightCache* cache) {
   const TensorView w = view(w_in, "weight");
   const TensorView x_view = view(x_in, "input");
   const Conv2dProblem problem =
@@ -30,6 +31,7 @@ py::array conv2d(const py::array& x_in, const py::array& w_in, const MaybeArray&
   if (problem.dtype != DType::kBFloat16) check_float("input", problem.dtype);
   problem.check("weight", w, problem.w_shape());
   const std::optional<Vector> b = dense_bias(bias, problem.dtype, problem.k);
+  const std::optional<Vector> factors = dense_bias(scale, problem.dtype, problem.k, "scale");
   std::optional<ChannelsLast> dense_residual;
   if (residual) {
     problem.check("residual", view(*residual, "residual"), problem.y_shape());
@@ -42,7 +44,9 @@ py::array conv2d(const py::array& x_in, const py::array& w_in, const MaybeArray&
                                    b ? b->data() : nullptr,
                                    dense_residual ? dense_residual->data() : nullptr,
                                    parse_activation(activation),
-                                   y.data()};
+                                   y.data(),
+                                   factors ? factors->data() : nullptr,
+                                   cache};
   {
     py::gil_scoped_release nogil;
     cpu::conv2d_forward(problem, args);
@@ -212,8 +216,10 @@ void bind_tuning(py::module_& m) {
 
 void bind_conv2d(py::module_& m) {
   using namespace py::literals;
+  py::class_<cpu::WeightCache>(m, "WeightCache", "The packed forms of one set of weights, between calls.")
+      .def(py::init<>());
   m.def("conv2d", &conv2d, "x"_a, "w"_a, "bias"_a, "residual"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a,
-        "activation"_a);
+        "activation"_a, "scale"_a = py::none(), "cache"_a = py::none());
   m.def("conv2d_backward", &conv2d_backward, "dy"_a, "x"_a, "w"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a,
         "needs"_a);
   m.def("conv_transpose2d", &conv_transpose2d, "x"_a, "w"_a, "bias"_a, "stride"_a, "padding"_a, "output_padding"_a,

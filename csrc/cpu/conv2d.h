@@ -7,6 +7,7 @@
 #include "core/implementation.h"
 #include "core/problem.h"
 #include "cpu/kernels/conv2d.h"
+#include "cpu/weight_cache.h"
 
 namespace fastconv::cpu {
 
@@ -17,6 +18,8 @@ struct ForwardArguments {
   const void* residual;  // shaped like y, or null
   Activation activation;
   void* y;
+  const void* scale = nullptr;   // [K]: w is to be multiplied by it
+  WeightCache* cache = nullptr;  // of w times scale
 };
 
 struct BackwardInputArguments {
@@ -84,7 +87,9 @@ void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
 }  // namespace pointwise
 
 namespace few_pixels {
+const char* supports(const Conv2dProblem&);
 const char* supports_backward(const Conv2dProblem&);
+void forward(const Conv2dProblem&, const ForwardArguments&);
 void backward_input(const Conv2dProblem&, const BackwardInputArguments&);
 void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
 }  // namespace few_pixels

@@ -36,7 +36,8 @@ Pair: TypeAlias = "int | tuple[int, int]"
 Padding: TypeAlias = "int | tuple[int, int] | tuple[tuple[int, int], tuple[int, int]] | str"
 
 
-def _optional(value: Input | None) -> Tensor | None:
+def optional_tensor(value: Input | None) -> Tensor | None:
+    """As `as_tensor`; None stays."""
     return None if value is None else as_tensor(value)
 
 
@@ -61,7 +62,7 @@ def conv2d(
     x[N,C,H,W], weight[K,C/groups,R,S], bias[K], residual[N,K,P,Q] -> [N,K,P,Q].
     """
     check_activation(activation)
-    inputs = (as_tensor(x), as_tensor(weight), _optional(bias), _optional(residual))
+    inputs = (as_tensor(x), as_tensor(weight), optional_tensor(bias), optional_tensor(residual))
     if activation is not None and activation not in _FROM_OUTPUT and records(inputs):
         y = conv2d(*inputs[:3], stride, padding, dilation, groups, residual=inputs[3])
         return activate(y, activation)
@@ -91,7 +92,7 @@ def conv_transpose2d(
     dilation: Pair = 1,
 ) -> Tensor:
     """Transposed convolution: x[N,C,H,W], weight[C,K/groups,R,S] -> [N,K,P,Q]."""
-    inputs = (as_tensor(x), as_tensor(weight), _optional(bias))
+    inputs = (as_tensor(x), as_tensor(weight), optional_tensor(bias))
     xd, wd = inputs[0].data, inputs[1].data
     sizes = (stride, padding, output_padding, groups, dilation)
 
@@ -103,7 +104,7 @@ def conv_transpose2d(
 
 def linear(x: Input, weight: Input, bias: Input | None = None) -> Tensor:
     """x[..., in] times weight[out, in] transposed, plus bias[out]."""
-    inputs = (as_tensor(x), as_tensor(weight), _optional(bias))
+    inputs = (as_tensor(x), as_tensor(weight), optional_tensor(bias))
     xd, wd = inputs[0].data, inputs[1].data
 
     def backward(dy: Array, needs: Needs) -> Sequence[Array | None]:
@@ -132,7 +133,12 @@ def batch_norm(
     communicator: the batch is that of all its processes together; one of them may have N = 0.
     """
     check_activation(activation)
-    inputs = (as_tensor(x), _optional(weight), _optional(bias), _optional(residual))
+    inputs = (
+        as_tensor(x),
+        optional_tensor(weight),
+        optional_tensor(bias),
+        optional_tensor(residual),
+    )
     xd, wd, bd, rd = (_data(t) for t in inputs)
     fused: dict[str, Any] = {"residual": rd, "activation": activation}
     moments = None
@@ -187,7 +193,7 @@ def batch_norm_max_pool2d(
     With the bits of the two operations, which would write the image in between.
     """
     check_activation(activation)
-    inputs = (as_tensor(x), _optional(weight), _optional(bias))
+    inputs = (as_tensor(x), optional_tensor(weight), optional_tensor(bias))
     xd, wd, bd = (_data(t) for t in inputs)
     y, places, mean, rstd = ops.batch_norm_max_pool_train(
         xd, wd, bd, running_mean, running_var, momentum, eps, kernel_size, stride,
