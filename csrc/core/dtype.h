@@ -6,7 +6,8 @@
 
 namespace fastconv {
 
-enum class DType : uint8_t { kFloat32, kFloat64, kInt64, kUInt8, kBFloat16 };
+// The 16-bit types exist on CUDA devices; on the CPU bfloat16 alone, as an operand of some convolutions.
+enum class DType : uint8_t { kFloat32, kFloat64, kInt64, kUInt8, kFloat16, kBFloat16 };
 
 inline int64_t itemsize(DType t) {
   switch (t) {
@@ -14,6 +15,7 @@ inline int64_t itemsize(DType t) {
     case DType::kFloat64: return 8;
     case DType::kInt64: return 8;
     case DType::kUInt8: return 1;
+    case DType::kFloat16: return 2;
     case DType::kBFloat16: return 2;
   }
   return 0;
@@ -25,6 +27,7 @@ inline const char* name(DType t) {
     case DType::kFloat64: return "float64";
     case DType::kInt64: return "int64";
     case DType::kUInt8: return "uint8";
+    case DType::kFloat16: return "float16";
     case DType::kBFloat16: return "bfloat16";
   }
   return "?";
