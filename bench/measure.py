@@ -46,9 +46,11 @@ def seconds_per_call(call: Call, calls: int) -> float:
 
 
 def alternate(
-    candidates: Mapping[str, Call], budget: float, min_rounds: int = 5
+    candidates: Mapping[str, Call], budget: float, min_rounds: int = 5, pause: float = 0.0
 ) -> dict[str, Samples]:
     """Times every candidate once a round, for about ``budget`` seconds, at least ``min_rounds``.
+
+    pause: seconds of rest before each sample, for candidates whose threads stay busy for a while.
 
     Each round starts with another candidate, so that none always follows the same one. Two calls
     of each, uncounted, warm up first and tell how long a round will take.
@@ -67,5 +69,6 @@ def alternate(
     for i in range(rounds):
         first = i % len(names)
         for name in names[first:] + names[:first]:
+            time.sleep(pause)
             seconds[name].append(seconds_per_call(candidates[name], calls[name]))
     return {name: Samples(values) for name, values in seconds.items()}

@@ -41,7 +41,7 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--threads",
-        type=thread_counts,
+        type=numbers,
         default=sorted({1, len(os.sched_getaffinity(0))}),
         metavar="N,M",
         help="numbers of threads, each measured on its own",
@@ -81,13 +81,13 @@ def add_choice(
     )
 
 
-def thread_counts(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
         counts = []
     if not counts or min(counts) < 1:
-        raise argparse.ArgumentTypeError(f"expected numbers of threads, as in 1,2, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected positive numbers, as in 1,2, got {text!r}")
     return counts
 
 

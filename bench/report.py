@@ -21,7 +21,7 @@ from bench.measure import Samples
 
 # Environment variables that change what is measured.
 VARIABLES = ("OMP_", "GOMP_", "FASTCONV_", "ONEDNN_", "ATEN_", "MKL_")
-PACKAGES = ("fastconv", "numpy", "torch")
+PACKAGES = ("fastconv", "numpy", "torch", "onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """Convolution, batch norm and ReLU in one pass at inference: fold the norm, fuse the activation.
 
 In evaluation batch norm is a fixed scale and shift for each channel, which the convolution before
-it can take into its own weights; its ReLU runs while the output is still in registers.
+it can take into its own weights; its ReLU runs while the output is still in registers. The weights
+are brought into the kernels' form once. The models of `fastconv.nn` do all this by themselves,
+after `model.eval()` and under `no_grad()`.
 
     python examples/fused_inference.py
 """
@@ -11,19 +13,6 @@ from __future__ import annotations
 import numpy as np
 
 import fastconv
-
-
-def fold(
-    w: np.ndarray,
-    mean: np.ndarray,
-    var: np.ndarray,
-    weight: np.ndarray,
-    bias: np.ndarray,
-    eps: float = 1e-5,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Weights and bias of the convolution that equals w followed by this batch norm."""
-    scale = weight / np.sqrt(var + eps)
-    return w * scale[:, None, None, None], bias - mean * scale
 
 
 def main() -> float:
@@ -40,8 +29,8 @@ def main() -> float:
     y = fastconv.conv2d(x, w, padding=1)
     separate = fastconv.relu(fastconv.batch_norm(y, mean, var, weight, bias))
 
-    folded, shift = fold(w, mean, var, weight, bias)
-    fused = fastconv.conv2d(x, folded, shift, padding=1, activation="relu")
+    conv = fastconv.PackedConv2d(w, padding=1, batch_norm=(mean, var, weight, bias, 1e-5))
+    fused = conv(x, activation="relu")
     return float(np.abs(separate - fused).max())
 
 

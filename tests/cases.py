@@ -492,6 +492,24 @@ CONV_LEFTOVERS = [
     for extra in range(1, stride)
 ]
 
+# 1x1 kernels over 1 to 32 pixels: dense layers, squeeze-excitation, and one pixel more.
+CONV_FEW_PIXELS = [
+    _C(f"few_pixels_{n}x{h}x{w}_c{c}_k{k}", n, c, h, w, k, 1, 1)
+    for n, h, w, c, k in [
+        (1, 1, 1, 200, 70),
+        (1, 1, 2, 17, 25),
+        (3, 1, 1, 33, 24),
+        (1, 2, 2, 64, 7),
+        (5, 1, 1, 1, 10),
+        (2, 1, 3, 5, 1),
+        (7, 1, 1, 300, 50),
+        (2, 2, 2, 16, 49),
+        (1, 3, 3, 40, 30),
+        (32, 1, 1, 100, 26),
+        (3, 1, 11, 20, 30),
+    ]
+]
+
 # Shapes on which PyTorch, oneDNN, MLX and others once failed.
 CONV_REGRESSIONS = [
     _C("pytorch_25101", 1, 10, 6, 6, 8, 3, 3, stride=2, padding=1),
@@ -526,6 +544,7 @@ CONV_CASES = (
     + CONV_GROUPS
     + CONV_EXTREMES
     + CONV_LEFTOVERS
+    + CONV_FEW_PIXELS
     + CONV_REGRESSIONS
     + CONV_EMPTY
 )

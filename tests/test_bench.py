@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fastconv
-from bench import layers, measure, models, performance, report, roofline, steps
+from bench import inference, layers, measure, models, performance, report, roofline, steps
 from fastconv.models import create as create_model
 from tests.cases import NETWORKS, SMALLCNN
 from tests.test_process import interpreter_environment
@@ -147,6 +147,22 @@ def test_steps_quick(tmp_path: Path) -> None:
     (result,) = json.loads(path.read_text())["results"]
     assert set(result["peers"]) == {"NCHW", "channels_last"}
     assert max(result["difference"]) < steps.TOLERANCE
+
+
+@pytest.mark.parametrize("runtimes", [False, True], ids=["torch", "runtimes"])
+def test_inference_quick(tmp_path: Path, runtimes: bool) -> None:
+    pytest.importorskip("torchvision")
+    modes = {"NCHW", "channels_last"}
+    if runtimes:
+        for package in ("onnx", "onnxruntime", "openvino"):
+            pytest.importorskip(package)
+        modes |= {"ONNX Runtime", "OpenVINO"}
+    path = tmp_path / "inference.json"
+    options = ["--quick", "--models", "smallcnn", "--threads", "1", "--budget", "0"]
+    options += [] if runtimes else ["--torch-only"]
+    inference.main([*options, "--min-rounds", "2", "--json", str(path)])
+    (result,) = json.loads(path.read_text())["results"]
+    assert set(result["peers"]) == set(result["difference"]) == modes
 
 
 def test_models_quick(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ def test_feature_maps_are_the_outputs_of_the_layers(run_folder: Path) -> None:
     assert list(maps) == ["conv1", "layer2"]  # in the order of the forward pass
     np.testing.assert_array_equal(maps["conv1"], model.conv1(x).data[0])
     assert maps["layer2"].shape == (32, 14, 14)
-    np.testing.assert_array_equal(logits, model(x).data[0])
+    # Without hooks the batch norms are folded into the convolutions, which rounds differently.
+    np.testing.assert_allclose(logits, model(x).data[0], rtol=1e-5, atol=1e-6)
     chosen, _ = show.feature_maps(model, x)
     assert len(chosen) == show.MOST_LAYERS
     assert next(iter(chosen)) == "conv1"

@@ -1,7 +1,6 @@
 #include <pybind11/stl.h>
 
-#include <optional>
-
+#include "bindings/conv2d.h"
 #include "bindings/operands.h"
 #include "core/check.h"
 #include "device/conv2d.h"
@@ -10,18 +9,19 @@
 namespace fastconv::bindings {
 namespace {
 
-using MaybeArray = std::optional<Array>;
-
-// The bias of a problem with `channels` outputs, checked and dense.
-std::optional<Vector> dense_bias(const MaybeArray& bias, DType dtype, int64_t channels) {
+// The bias, or another vector, of a problem with `channels` outputs, checked and dense.
+std::optional<Vector> dense_bias(const MaybeArray& bias, DType dtype, int64_t channels, const char* name = "bias") {
   if (!bias) return std::nullopt;
-  const TensorView v = view(*bias, "bias");
-  check_vector("bias", v, dtype, channels);
-  return Vector(v, "bias");
+  const TensorView v = view(*bias, name);
+  check_vector(name, v, dtype, channels);
+  return Vector(v, name);
 }
 
+}  // namespace
+
 Array conv2d(const Array& x_in, const Array& w_in, const MaybeArray& bias, const MaybeArray& residual, Pair stride,
-             const Padding& padding, Pair dilation, int64_t groups, const std::string& activation) {
+             const Padding& padding, Pair dilation, int64_t groups, const std::string& activation,
+             const MaybeArray& scale, device::WeightCache* cache) {
   const TensorView w = view(w_in, "weight");
   const TensorView x_view = view(x_in, "input");
   const Conv2dProblem problem =
@@ -29,6 +29,7 @@ Array conv2d(const Array& x_in, const Array& w_in, const MaybeArray& bias, const
   if (problem.dtype != DType::kBFloat16) check_float("input", problem.dtype);
   problem.check("weight", w, problem.w_shape());
   const std::optional<Vector> b = dense_bias(bias, problem.dtype, problem.k);
+  const std::optional<Vector> factors = dense_bias(scale, problem.dtype, problem.k, "scale");
   std::optional<ChannelsLast> dense_residual;
   if (residual) {
     problem.check("residual", view(*residual, "residual"), problem.y_shape());
@@ -41,13 +42,17 @@ Array conv2d(const Array& x_in, const Array& w_in, const MaybeArray& bias, const
                                       b ? b->data() : nullptr,
                                       dense_residual ? dense_residual->data() : nullptr,
                                       parse_activation(activation),
-                                      y.data()};
+                                      y.data(),
+                                      factors ? factors->data() : nullptr,
+                                      cache};
   {
     py::gil_scoped_release nogil;
     device::conv2d_forward(problem, args);
   }
   return y.finish();
 }
+
+namespace {
 
 Array backward_input(const Conv2dProblem& problem, const Array& dy_in, const Array& w_in, Layout layout) {
   const TensorView w = view(w_in, "weight");
@@ -169,8 +174,13 @@ Conv2dProblem describe_conv2d(const Shape& x, const Shape& w, Pair stride, const
 
 void bind_conv2d(py::module_& m) {
   using namespace py::literals;
-  m.def("conv2d", &conv2d, "x"_a, "w"_a, "bias"_a, "residual"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a,
-        "activation"_a);
+  m.def(
+      "conv2d",
+      [](const Array& x, const Array& w, const MaybeArray& bias, const MaybeArray& residual, Pair stride,
+         const Padding& padding, Pair dilation, int64_t groups, const std::string& activation) {
+        return conv2d(x, w, bias, residual, stride, padding, dilation, groups, activation, std::nullopt, nullptr);
+      },
+      "x"_a, "w"_a, "bias"_a, "residual"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a, "activation"_a);
   m.def("conv2d_backward", &conv2d_backward, "dy"_a, "x"_a, "w"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a,
         "needs"_a);
   m.def("conv_transpose2d", &conv_transpose2d, "x"_a, "w"_a, "bias"_a, "stride"_a, "padding"_a, "output_padding"_a,

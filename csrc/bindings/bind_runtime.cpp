@@ -73,6 +73,34 @@ double measure_bandwidth(int64_t bytes, int threads) {
   return best;
 }
 
+// Whether nothing but attribute `descriptor` of `holder` refers to the array that it is, or to the memory below.
+bool sole_owner(py::handle holder, py::handle descriptor) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(holder.ptr()));
+  const auto get = Py_TYPE(descriptor.ptr())->tp_descr_get;
+  FC_CHECK(get != nullptr, "the descriptor of an attribute is wanted");
+  const auto top = py::reinterpret_steal<py::object>(get(descriptor.ptr(), holder.ptr(), type));
+  if (!top) throw py::error_already_set();
+  Py_ssize_t references = 2;  // the attribute's and this one
+  for (PyObject* array = top.ptr();; references = 1) {
+    if (!py::isinstance<py::array>(array) || Py_REFCNT(array) != references) return false;
+    PyObject* base = py::detail::array_proxy(array)->base;
+    if (base == nullptr) return (py::detail::array_proxy(array)->flags & py::detail::npy_api::NPY_ARRAY_OWNDATA_) != 0;
+    array = base;
+  }
+}
+
+// Whether all arrays are dense in row-major order and have the bytes of their copies.
+bool same_bytes(const std::vector<py::array>& arrays, const std::vector<py::array>& copies) {
+  if (arrays.size() != copies.size()) return false;
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    const py::array &a = arrays[i], &b = copies[i];
+    if (a.nbytes() != b.nbytes() || !(a.flags() & py::array::c_style) || !(b.flags() & py::array::c_style) ||
+        std::memcmp(a.data(), b.data(), a.nbytes()) != 0)
+      return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 void bind_runtime(py::module_& m) {
@@ -91,6 +119,8 @@ void bind_runtime(py::module_& m) {
   m.def("reset_peak_memory_stats", &reset_peak_memory_stats);
   m.def("set_memory_limit", &set_memory_limit, "bytes"_a);
   m.def("empty_cache", &empty_cache);
+  m.def("sole_owner", &sole_owner, "holder"_a, "descriptor"_a);
+  m.def("same_bytes", &same_bytes, "arrays"_a, "copies"_a);
   m.def("measure_fma_peak", &measure_fma_peak, "seconds"_a, "threads"_a, py::call_guard<py::gil_scoped_release>());
   m.def("measure_bandwidth", &measure_bandwidth, "bytes"_a, "threads"_a, py::call_guard<py::gil_scoped_release>());
 }

@@ -14,6 +14,7 @@ void bind_linear(pybind11::module_& m);
 void bind_loss(pybind11::module_& m);
 void bind_optimizer(pybind11::module_& m);
 void bind_tuning(pybind11::module_& m);
+void bind_weight_cache(pybind11::module_& m);
 }  // namespace fastconv::bindings
 
 PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
@@ -36,4 +37,5 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   fastconv::bindings::bind_loss(m);
   fastconv::bindings::bind_optimizer(m);
   fastconv::bindings::bind_tuning(m);
+  fastconv::bindings::bind_weight_cache(m);
 }

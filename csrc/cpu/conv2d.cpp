@@ -16,6 +16,7 @@ namespace {
 constexpr ConvForward kForward[] = {
     {"depthwise", depthwise::supports, depthwise::forward},
     {"first_layer", first_layer::supports, first_layer::forward},
+    {"few_pixels", few_pixels::supports, few_pixels::forward},
     {"pointwise", pointwise::supports, pointwise::forward},
     {"grouped", grouped::supports, grouped::forward},
     {"winograd", winograd::supports, winograd::forward},
@@ -68,12 +69,33 @@ template <class F> auto with_list(Direction direction, F&& f) {
 int64_t elements(const Shape& s) { return s[0] * s[1] * s[2] * s[3]; }
 
 // bfloat16 has one implementation.
-void check_bfloat16(const Conv2dProblem& problem, bool activation_is_clamp) {
+void check_bfloat16(const Conv2dProblem& problem, const ForwardArguments& args, bool activation_is_clamp) {
   if (problem.dtype != DType::kBFloat16) return;
   const char* reason = winograd::supports(problem);
   FC_CHECK_TYPE(reason == nullptr, "bfloat16 is supported by conv2d with 3x3 and 5x5 kernels at stride 1; here ",
                 reason, ": use float32");
   FC_CHECK_TYPE(activation_is_clamp, "with bfloat16, conv2d supports the activations None, 'relu' and 'relu6'");
+  FC_CHECK_TYPE(args.scale == nullptr, "with bfloat16, conv2d has no scale of its weights");
+}
+
+// w[k] * scale[k] in a memory of its own, channels-last.
+TensorView scaled(const Conv2dProblem& a, TensorView w, const void* scale, const Buffer& memory) {
+  const int64_t row = a.s * a.cg();
+  dispatch_float(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    parallel_ranges(a.k, std::max<int64_t>(8192 / (a.r * row), 1), [&](int64_t begin, int64_t end) {
+      T* to = memory.as<T>() + begin * a.r * row;
+      for (int64_t k = begin; k < end; ++k)
+        for (int64_t r = 0; r < a.r; ++r)
+          for (int64_t s = 0; s < a.s; ++s) {
+            const T* from = w.as<T>() + k * w.strides[0] + r * w.strides[2] + s * w.strides[3];
+            for (int64_t c = 0; c < a.cg(); ++c) *to++ = from[c * w.strides[1]] * static_cast<const T*>(scale)[k];
+          }
+    });
+  });
+  w.data = memory.as<void>();
+  w.strides = {a.r * row, 1, row, a.cg()};
+  return w;
 }
 
 }  // namespace
@@ -95,9 +117,15 @@ void conv2d_forward(const Conv2dProblem& problem, const ForwardArguments& args) 
   ForwardArguments clamped = args;
   const bool is_clamp = args.activation == Activation::kNone || args.activation == Activation::kReLU ||
                         args.activation == Activation::kReLU6;
-  check_bfloat16(problem, is_clamp);
+  check_bfloat16(problem, args, is_clamp);
   if (!is_clamp) clamped.activation = Activation::kNone;
-  choose(kForward, problem, Direction::kForward).run(problem, clamped);
+  const ConvForward& implementation = choose(kForward, problem, Direction::kForward);
+  Buffer folded;
+  if (args.scale && !(args.cache && args.cache->holds(implementation.name))) {
+    folded = Buffer(elements(problem.w_shape()) * itemsize(problem.dtype));
+    clamped.w = scaled(problem, args.w, args.scale, folded);
+  }
+  implementation.run(problem, clamped);
   if (!is_clamp) apply_activation(args.activation, problem.dtype, args.y, elements(problem.y_shape()));
 }
 

@@ -3,6 +3,7 @@
 
 #include "core/implementation.h"
 #include "cpu/kernels/conv2d.h"
+#include "cpu/weight_cache.h"
 #include "device/conv2d.h"
 
 namespace fastconv::cpu {
@@ -45,7 +46,9 @@ void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
 }  // namespace pointwise
 
 namespace few_pixels {
+const char* supports(const Conv2dProblem&);
 const char* supports_backward(const Conv2dProblem&);
+void forward(const Conv2dProblem&, const ForwardArguments&);
 void backward_input(const Conv2dProblem&, const BackwardInputArguments&);
 void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
 }  // namespace few_pixels

@@ -145,7 +145,8 @@ std::vector<float> zero_pixel(int64_t channels) { return std::vector<float>(chan
 // y = correlation of x with w, at the places that the axes name. All phases of some rows of y are written in turn,
 // while what they read is in cache.
 void run(const float* x, const Image& x_size, int64_t images, const TensorView& w, const std::vector<AxisTaps>& rows,
-         const std::vector<AxisTaps>& columns, float* y, const Image& y_size, const Epilogue& epilogue) {
+         const std::vector<AxisTaps>& columns, float* y, const Image& y_size, const Epilogue& epilogue,
+         WeightCache* cache = nullptr) {
   const int64_t channels = x_size.channels, lanes = kernels().conv2d.lanes;
   const int64_t width = ceil_divide(channels, lanes) * lanes;
   std::vector<Phase> phases;
@@ -157,14 +158,14 @@ void run(const float* x, const Image& x_size, int64_t images, const TensorView& 
       rows_at_once = std::min(rows_at_once, phases.back().rows_at_once());
       row_outputs = std::max(row_outputs, row.outputs);
     }
-  Buffer packed(std::max<int64_t>(taps * width, 1) * sizeof(float));
-  std::vector<const float*> weights;
-  float* to = packed.as<float>();
-  for (const Phase& phase : phases) {
-    weights.push_back(to);
-    pack_weights(w, phase, channels, lanes, to);
-    to += phase.taps() * width;
-  }
+  const PackedWeights packed(cache, "depthwise", taps * width, [&](float* to) {
+    for (const Phase& phase : phases) {
+      pack_weights(w, phase, channels, lanes, to);
+      to += phase.taps() * width;
+    }
+  });
+  std::vector<const float*> weights{packed.data()};
+  for (const Phase& phase : phases) weights.push_back(weights.back() + phase.taps() * width);
   const std::vector<float> zeros = zero_pixel(channels);
   const bool streaming = worth_streaming(images * y_size.h * y_size.w, channels, kStreamedFloats);
   const int64_t steps = ceil_divide(row_outputs, rows_at_once);  // of an image
@@ -217,7 +218,7 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
   run(static_cast<const float*>(args.x), {a.h, a.w, a.c}, a.n, args.w,
       {forward_axis(a.p, a.r, a.stride_h, a.pad_top, a.dilation_h)},
       {forward_axis(a.q, a.s, a.stride_w, a.pad_left, a.dilation_w)}, static_cast<float*>(args.y), {a.p, a.q, a.c},
-      make_epilogue(args));
+      make_epilogue(args), args.cache);
 }
 
 void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) {

@@ -94,16 +94,14 @@ void run_panel(const DirectProblem& d, const Band& band, const BandRange& range,
 
 }  // namespace
 
-PackedWeights pack_weights(const WeightView& w, int64_t groups, int64_t outs, int64_t ins,
-                           const std::vector<AxisTaps::Tap>& rows, const std::vector<AxisTaps::Tap>& columns) {
+PackedPanels pack_weights(const WeightView& w, int64_t groups, int64_t outs, int64_t ins,
+                          const std::vector<AxisTaps::Tap>& rows, const std::vector<AxisTaps::Tap>& columns,
+                          WeightCache* cache, const char* name) {
   const auto& k = kernels().conv2d;
   const Panels panels{outs, k.tile_k, k.lanes};
-  const int64_t taps = rows.size() * columns.size();
-  PackedWeights packed{Buffer(std::max<int64_t>(groups * panels.count() * taps * ins * k.tile_k, 1) * sizeof(float)),
-                       taps * ins * k.tile_k};
-  parallel_for(groups * panels.count(), [&](int64_t i, int) {
+  const int64_t taps = rows.size() * columns.size(), panel_floats = taps * ins * k.tile_k;
+  const auto pack_panel = [&](int64_t i, float* dst) {
     const int64_t g = i / panels.count(), panel = i % panels.count(), width = panels.width(panel);
-    float* dst = packed.storage.as<float>() + i * packed.panel_floats;
     const float* src = w.data + g * w.group + panel * k.tile_k * w.out;
     const auto pack = [&](int64_t c, int64_t tap) {
       const int64_t channels = std::min(kBlock, ins - c), row = tap / columns.size(), column = tap % columns.size();
@@ -117,14 +115,20 @@ PackedWeights pack_weights(const WeightView& w, int64_t groups, int64_t outs, in
     else
       for (int64_t c = 0; c < ins; c += kBlock)
         for (int64_t tap = 0; tap < taps; ++tap) pack(c, tap);
-  });
-  return packed;
+  };
+  return {PackedWeights(cache, name, groups * panels.count() * panel_floats,
+                        [&](float* to) {
+                          parallel_for(groups * panels.count(),
+                                       [&](int64_t i, int) { pack_panel(i, to + i * panel_floats); });
+                        }),
+          panel_floats};
 }
 
 void run(const DirectProblem& d) {
   const auto& k = kernels().conv2d;
   const Panels panels{d.outs, k.tile_k, k.lanes};
-  const PackedWeights weights = pack_weights(d.w, d.groups, d.outs, d.source.channels, d.rows.taps, d.columns.taps);
+  const PackedPanels weights =
+      pack_weights(d.w, d.groups, d.outs, d.source.channels, d.rows.taps, d.columns.taps, d.cache, "direct");
   const Band shape(d.source, d.rows, d.columns);
   const Blocking blocking =
       choose_blocking(shape, d.images, d.rows.outputs, d.columns.outputs, k.tile_pixels, kBandFloats);
@@ -372,7 +376,8 @@ DirectProblem forward_problem(const Conv2dProblem& a, const ForwardArguments& ar
           a.q,
           a.k,
           make_epilogue(args),
-          a.kg() % kBlock == 0 && worth_streaming(a.n * a.p * a.q, a.k)};
+          a.kg() % kBlock == 0 && worth_streaming(a.n * a.p * a.q, a.k),
+          args.cache};
 }
 
 DirectProblem backward_problem(const Conv2dProblem& a, const BackwardInputArguments& args, const AxisTaps& rows,

@@ -23,13 +23,15 @@ struct Panels {
 };
 
 // [group][panel][channel block][tap][channel][width]
-struct PackedWeights {
-  Buffer storage;
+struct PackedPanels {
+  PackedWeights weights;
   int64_t panel_floats;
-  const float* panel(int64_t i) const { return storage.as<float>() + i * panel_floats; }
+  const float* panel(int64_t i) const { return weights.data() + i * panel_floats; }
 };
-PackedWeights pack_weights(const WeightView&, int64_t groups, int64_t outs, int64_t ins,
-                           const std::vector<AxisTaps::Tap>& rows, const std::vector<AxisTaps::Tap>& columns);
+// cache: may hold them, as the form of the implementation `name`; or null.
+PackedPanels pack_weights(const WeightView&, int64_t groups, int64_t outs, int64_t ins,
+                          const std::vector<AxisTaps::Tap>& rows, const std::vector<AxisTaps::Tap>& columns,
+                          WeightCache* cache, const char* name);
 
 // y[n, rows, columns, outs] = clamp(sum over taps and channels of x * w + bias + residual). Outputs go to
 // y[n][h][w][pixel] at the places that the axes name. For every group g the source's first channel is
@@ -44,6 +46,7 @@ struct DirectProblem {
   int64_t y_h, y_w, y_pixel;
   Epilogue epilogue;
   bool streaming = false;
+  WeightCache* cache = nullptr;
 };
 void run(const DirectProblem&);
 

@@ -93,11 +93,12 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
   const PaddedRows source(a);
   const Bands bands(a.n, a.p, 16);
   const int64_t taps = a.s * a.c, panel_floats = a.r * taps * k.tile_k;
-  Buffer weights(panels.count() * panel_floats * sizeof(float));
-  std::memset(weights.as<float>(), 0, panels.count() * panel_floats * sizeof(float));
-  for (int64_t i = 0; i < panels.count(); ++i)
-    for_panel(a, args.w, i * k.tile_k, panels.channels(i), panels.width(i),
-              [&](int64_t from, int64_t to) { weights.as<float>()[i * panel_floats + to] = args.w.as<float>()[from]; });
+  const PackedWeights weights(args.cache, "first_layer", panels.count() * panel_floats, [&](float* packed) {
+    std::memset(packed, 0, panels.count() * panel_floats * sizeof(float));
+    for (int64_t i = 0; i < panels.count(); ++i)
+      for_panel(a, args.w, i * k.tile_k, panels.channels(i), panels.width(i),
+                [&](int64_t from, int64_t to) { packed[i * panel_floats + to] = args.w.as<float>()[from]; });
+  });
 
   StripTile shape{};
   const Epilogue epilogue = make_epilogue(args);
@@ -123,7 +124,7 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
             t.x = packed + (p - rows.begin) * source.output_row() + part.begin * source.step();
             for (int64_t panel = 0; panel < panels.count(); ++panel) {
               const int64_t channel = panel * k.tile_k, at = ((n * a.p + p) * a.q + part.begin) * a.k + channel;
-              t.w = weights.as<float>() + panel * panel_floats;
+              t.w = weights.data() + panel * panel_floats;
               t.y = static_cast<float*>(args.y) + at;
               t.residual = epilogue.residual ? epilogue.residual + at : nullptr;
               t.bias = epilogue.bias ? epilogue.bias + channel : nullptr;

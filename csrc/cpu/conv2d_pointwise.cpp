@@ -69,13 +69,15 @@ struct Problem {
   direct::WeightView w;
   Epilogue epilogue;
   bool streaming;
+  WeightCache* cache = nullptr;
 };
 
 // fill(image, rows, columns, first channel, channels) writes the gaps of y that belong to some pixels.
 template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& fill) {
   const auto& k = kernels().conv2d;
   const direct::Panels panels{d.outs, k.tile_k, k.lanes};
-  const direct::PackedWeights weights = direct::pack_weights(d.w, d.groups, d.outs, d.ins, {{0, 0}}, {{0, 0}});
+  const direct::PackedPanels weights =
+      direct::pack_weights(d.w, d.groups, d.outs, d.ins, {{0, 0}}, {{0, 0}}, d.cache, "pointwise");
   const bool far = d.from.pixel > kFarChannels;
   const Blocks blocks(a,
                       std::clamp<int64_t>(kBlockFloats / std::max<int64_t>(d.ins, 1), 2 * k.tile_pixels, kBlockPixels));
@@ -84,7 +86,22 @@ template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& 
   const int64_t far_pixel = ceil_divide(d.ins, kBlock) * kBlock + kBlock;
   const int64_t scratch_floats = far ? blocks.block_rows * blocks.block_columns * far_pixel : 0;
   const int threads = num_threads();
-  Buffer scratch(std::max<int64_t>(threads * scratch_floats, 1) * sizeof(float));
+  // Of few pixels: the weights, each used a few times only, may come from memory, and many chunks read a block, so it
+  // is copied once for all of them instead of by each.
+  const bool few = panel_parts > 2, shared = far && few;
+  Buffer scratch(std::max<int64_t>((shared ? blocks.count() * d.groups : threads) * scratch_floats, 1) * sizeof(float));
+  const auto block_source = [&](int64_t g, int64_t block) { return d.x + blocks.offset(block, d.from) + g * d.ins; };
+  const auto copy_block = [&](int64_t g, int64_t block, float* to) {
+    const Range rows = blocks.row_range(block), columns = blocks.column_range(block);
+    const float* x = block_source(g, block);
+    for (int64_t row = 0; row < rows.end - rows.begin; ++row)
+      for (int64_t q = 0; q < columns.end - columns.begin; ++q, to += far_pixel)
+        std::memcpy(to, x + row * d.from.row + q * d.from.pixel, d.ins * sizeof(float));
+  };
+  if (shared)
+    parallel_for(blocks.count() * d.groups, [&](int64_t i, int) {
+      copy_block(i % d.groups, i / d.groups, scratch.as<float>() + i * scratch_floats);
+    });
 
   parallel_for(
       blocks.count() * d.groups * panel_parts,
@@ -94,7 +111,7 @@ template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& 
         const Range mine = split(panels.count(), panel_parts, part);
         const Range rows = blocks.row_range(block), columns = blocks.column_range(block);
         const int64_t width = columns.end - columns.begin;
-        const float* x = d.x + blocks.offset(block, d.from) + g * d.ins;
+        const float* x = block_source(g, block);
         const int64_t y = blocks.offset(block, d.to) + g * d.outs;
         StripTile t{};
         t.x_step = far ? far_pixel : d.from.pixel, t.next_step = d.from.pixel;
@@ -102,11 +119,15 @@ template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& 
         t.pixel_stride = d.to.pixel;
         t.low = d.epilogue.low, t.high = d.epilogue.high;
         t.streaming = d.streaming;
-        float* copy = scratch.as<float>() + thread * scratch_floats;
+        float* copy = scratch.as<float>() + (shared ? block * d.groups + g : thread) * scratch_floats;
         const int64_t tiles = ceil_divide(width, k.tile_pixels);
         for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
           const int64_t channel = panel * k.tile_k;
           t.w = weights.panel(g * panels.count() + panel);
+          // What this thread wants next is fetched while it uses these.
+          const int64_t following =
+              panel + 1 < mine.end ? panel + 1 : panel + 1 + (threads - 1) * (mine.end - mine.begin);
+          const int64_t next_floats = few && following < panels.count() ? d.ins * panels.width(panel) : 0;
           t.bias = d.epilogue.bias ? d.epilogue.bias + g * d.outs + channel : nullptr;
           t.channels = panels.channels(panel);
           const auto* tile = k.strip[panels.width(panel) / k.lanes - 1];
@@ -119,7 +140,7 @@ template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& 
               float* near = copy + (row * width + pixels.begin) * far_pixel;
               t.x = far ? near : source;
               t.next = nullptr;
-              if (panel == mine.begin) {
+              if (panel == mine.begin && !shared) {
                 // Memory is read while the first panel runs: this tile has the pixels of the next one fetched. Beyond
                 // the block they are those of the next block, most often.
                 t.next = j + 1 < tiles || blocks.rows == 1 ? source + count * d.from.pixel : x + (row + 1) * d.from.row;
@@ -128,6 +149,8 @@ template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& 
               }
               t.y = d.y + at;
               t.residual = d.epilogue.residual ? d.epilogue.residual + at : nullptr;
+              const int64_t ahead = (row * tiles + j) * d.ins * kBlock;
+              t.next_w = ahead < next_floats ? t.w + (following - panel) * weights.panel_floats + ahead : nullptr;
               tile[count - 1](t);
               fill(n, Range{rows.begin + row, rows.begin + row + 1},
                    Range{columns.begin + pixels.begin, columns.begin + pixels.end}, g * d.outs + channel, t.channels);
@@ -150,7 +173,7 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
   run(a,
       {static_cast<const float*>(args.x), input_pixels(a), static_cast<float*>(args.y), output_pixels(a), a.groups,
        a.cg(), a.kg(), direct::forward_weights(a, args.w), make_epilogue(args),
-       a.kg() % kBlock == 0 && worth_streaming(a.n * a.p * a.q, a.k)},
+       a.kg() % kBlock == 0 && worth_streaming(a.n * a.p * a.q, a.k), args.cache},
       [](int64_t, Range, Range, int64_t, int64_t) {});
 }
 

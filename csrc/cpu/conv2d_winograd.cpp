@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -190,26 +191,54 @@ void transform_input(const T* x, const SourceImage& source, const Axis& rows, co
   }
 }
 
-// u of one panel: [position][channel][width].
+// Channels whose weights are packed at a time: whole cache lines side by side, for the memory's sake, while all taps
+// stay in L2.
+constexpr int64_t kChannelsOf3 = 4 * kBlock, kChannelsOf5 = kBlock;
+static_assert(25 * kChannelsOf5 <= 9 * kChannelsOf3);
+int64_t channels_at_once(const Axis& rows) { return rows.taps == 3 ? kChannelsOf3 : kChannelsOf5; }
+
+// Channels [c, c + count) of one panel: [tap][channels_at_once][width], with gaps where there are fewer.
+template <class T>
+void pack_taps(const T* weights, const WeightView& w, const Axis& rows, const Axis& columns, const Panels& panels,
+               int64_t g, int64_t panel, int64_t c, int64_t count, float* to) {
+  const int64_t width = panels.width(panel), tap = channels_at_once(rows) * width;
+  const T* src = weights + g * w.group + panel * panels.tile_k * w.out + c * w.in;
+  for (int64_t i = 0; i < rows.taps * columns.taps; ++i)
+    kernels().winograd.of<T>().pack_weights(
+        src + rows.index[i / columns.taps] * w.row + columns.index[i % columns.taps] * w.column, w.out, w.in,
+        panels.channels(panel), count, width, to + i * tap);
+}
+
+// u of one panel: [position][channel][width]. packed: all its channels as pack_taps leaves them, or null.
 template <class T>
 void transform_weights(const T* weights, const WeightView& w, const Axis& rows, const Axis& columns,
-                       const Panels& panels, int64_t g, int64_t panel, Range channels, float* u, int64_t position) {
-  const auto& k = kernels();
-  // Whole cache lines side by side, for the memory's sake, while all taps stay in L2.
-  constexpr int64_t kChannelsOf3 = 4 * kBlock, kChannelsOf5 = kBlock;
-  static_assert(25 * kChannelsOf5 <= 9 * kChannelsOf3);
-  const int64_t at_once = rows.taps == 3 ? kChannelsOf3 : kChannelsOf5;
+                       const Panels& panels, int64_t g, int64_t panel, Range channels, float* u, int64_t position,
+                       const float* packed = nullptr) {
+  const int64_t at_once = channels_at_once(rows), taps = rows.taps * columns.taps;
   const int64_t width = panels.width(panel), tap = at_once * width;
-  alignas(64) float taps[9 * kChannelsOf3 * 32];
-  const T* src = weights + g * w.group + panel * panels.tile_k * w.out;
+  alignas(64) float own[9 * kChannelsOf3 * 32];
   for (int64_t c = channels.begin; c < channels.end; c += at_once) {
     const int64_t count = std::min(at_once, channels.end - c);
-    for (int64_t i = 0; i < rows.taps * columns.taps; ++i)
-      k.winograd.of<T>().pack_weights(
-          src + c * w.in + rows.index[i / columns.taps] * w.row + columns.index[i % columns.taps] * w.column, w.out,
-          w.in, panels.channels(panel), count, width, taps + i * tap);
-    k.winograd.weights[rows.taps == 5](taps, tap, count * width, u + c * width, position);
+    if (!packed) pack_taps(weights, w, rows, columns, panels, g, panel, c, count, own);
+    kernels().winograd.weights[rows.taps == 5](packed ? packed + taps * c * width : own, tap, count * width,
+                                               u + c * width, position);
   }
+}
+
+// All weights as pack_taps leaves them, panel by panel: a quarter of u (of 5x5, two thirds), which would be slower to
+// read from memory than it is to transform. Only float has a cache.
+PackedWeights packed_taps(const DirectProblem& d, const Axis& rows, const Axis& columns, const Panels& panels,
+                          int64_t panel_floats) {
+  const int64_t count = d.groups * panels.count(), at_once = channels_at_once(rows);
+  return PackedWeights(d.cache, "winograd", count * panel_floats, [&](float* to) {
+    parallel_for(count, [&](int64_t i, int) {
+      const int64_t panel = i % panels.count();
+      for (int64_t c = 0; c < d.source.channels; c += at_once)
+        pack_taps(d.w.data, d.w, rows, columns, panels, i / panels.count(), panel, c,
+                  std::min(at_once, d.source.channels - c),
+                  to + i * panel_floats + rows.taps * columns.taps * c * panels.width(panel));
+    });
+  });
 }
 
 // m = v u at every position, for the tiles [mine).
@@ -275,6 +304,15 @@ void run_small(const DirectProblem& d, const Arrays<T>& a, const Tiles& tiles, c
   const int64_t channels = d.source.channels, u_position = channels * panels.tile_k + kSkew;
   const int64_t u_panel = kPositions * u_position;
 
+  std::optional<PackedWeights> kept;
+  if (d.cache)
+    kept.emplace(d.cache, "winograd", d.groups * panels.count() * u_panel, [&](float* u) {
+      parallel_for(d.groups * panels.count(), [&](int64_t i, int) {
+        transform_weights(a.w, d.w, rows, columns, panels, i / panels.count(), i % panels.count(), {0, channels},
+                          u + i * u_panel, u_position);
+      });
+    });
+
   // Whole register tiles that fit L2, but not so many that a thread would find no work.
   const int threads = num_threads();
   const int64_t tile = kernels().conv2d.tile_pixels;
@@ -284,10 +322,11 @@ void run_small(const DirectProblem& d, const Arrays<T>& a, const Tiles& tiles, c
   const int64_t size = ceil_divide(tiles.count(), blocks);
   const int64_t v_position = input_position(channels, size), m_position = size * panels.tile_k + kSkew;
   const int64_t scratch_floats = kPositions * (v_position + m_position);
-  // Each thread transforms the weights of its groups for itself: from another core's caches they are slower to fetch
-  // than to make.
+  // Where none are kept, each thread transforms the weights of its groups for itself: from another core's caches they
+  // are slower to fetch than to make.
   const int64_t weight_floats = panels.count() * u_panel;
-  Buffer scratch(threads * scratch_floats * sizeof(float)), weights(threads * weight_floats * sizeof(float));
+  Buffer scratch(threads * scratch_floats * sizeof(float)), weights;
+  if (!kept) weights = Buffer(threads * weight_floats * sizeof(float));
   std::vector<int64_t> transformed(threads, -1);  // the group whose weights a thread has
   parallel_for(
       d.groups * blocks,
@@ -295,11 +334,11 @@ void run_small(const DirectProblem& d, const Arrays<T>& a, const Tiles& tiles, c
         const int64_t g = i / blocks;
         const Range mine = split(tiles.count(), blocks, i % blocks);
         float* const own = scratch.as<float>() + thread * scratch_floats;
-        float* const u = weights.as<float>() + thread * weight_floats;
-        if (std::exchange(transformed[thread], g) != g)
+        const float* u = kept ? kept->data() + g * weight_floats : weights.as<float>() + thread * weight_floats;
+        if (!kept && std::exchange(transformed[thread], g) != g)
           for (int64_t panel = 0; panel < panels.count(); ++panel)
-            transform_weights(a.w, d.w, rows, columns, panels, g, panel, {0, channels}, u + panel * u_panel,
-                              u_position);
+            transform_weights(a.w, d.w, rows, columns, panels, g, panel, {0, channels},
+                              weights.as<float>() + thread * weight_floats + panel * u_panel, u_position);
         const Block v{own, mine, v_position}, m{own + kPositions * v_position, mine, m_position};
         transform_input(a.x, group_source(d.source, g), rows, columns, tiles, mine, v);
         for (int64_t panel = 0; panel < panels.count(); ++panel) {
@@ -319,6 +358,10 @@ void run_large(const DirectProblem& d, const Arrays<T>& a, const Tiles& tiles, c
   const int64_t v_position = input_position(channels, size), m_position = kLargeTiles * panels.tile_k + kSkew;
   const int64_t scratch_floats = kPositions * (u_position + m_position);
   const int threads = num_threads();
+  const int64_t at_once = channels_at_once(rows);
+  const int64_t packed_panel = rows.taps * columns.taps * ceil_divide(channels, at_once) * at_once * panels.tile_k;
+  std::optional<PackedWeights> packed;
+  if (d.cache) packed.emplace(packed_taps(d, rows, columns, panels, packed_panel));
 
   Buffer shared(kPositions * v_position * sizeof(float)), scratch(threads * scratch_floats * sizeof(float));
   for (int64_t section = 0; section < d.groups * sections; ++section) {
@@ -338,7 +381,8 @@ void run_large(const DirectProblem& d, const Arrays<T>& a, const Tiles& tiles, c
           const int64_t panel = i / parts;
           const Range part = split(count, parts, i % parts);
           float* const u = scratch.as<float>() + thread * scratch_floats;
-          transform_weights(a.w, d.w, rows, columns, panels, g, panel, {0, channels}, u, u_position);
+          transform_weights(a.w, d.w, rows, columns, panels, g, panel, {0, channels}, u, u_position,
+                            packed ? packed->data() + (g * panels.count() + panel) * packed_panel : nullptr);
           const int64_t groups = ceil_divide(part.end - part.begin, kLargeTiles);
           for (int64_t j = 0; j < groups; ++j) {
             const Range few = split(part.end - part.begin, groups, j);
@@ -543,10 +587,13 @@ const char* supports_outputs(const Conv2dProblem& a, int64_t rows, int64_t colum
 // A thread for each million: 16 -> 16 channels at 32 x 32 (2.4 million) take 31 us on one core of Zen 4, 23 on two.
 constexpr int64_t kThreadMultiplyAdds = int64_t{1} << 20;
 
-int64_t threads_worth(const Conv2dProblem& a) { return a.n * a.p * a.q * a.k * a.cg() * a.r * a.s / kThreadMultiplyAdds; }
+int64_t threads_worth(const Conv2dProblem& a) {
+  return a.n * a.p * a.q * a.k * a.cg() * a.r * a.s / kThreadMultiplyAdds;
+}
 
 template <class T> void forward_as(const Conv2dProblem& a, const ForwardArguments& args) {
   DirectProblem d = direct::forward_problem(a, args);
+  if (a.dtype != DType::kFloat32) d.cache = nullptr;  // which holds weights of float
   Buffer bias;
   if (args.bias && a.dtype == DType::kBFloat16) {
     bias = Buffer(a.k * sizeof(float));

@@ -9,6 +9,8 @@
 
 namespace fastconv::FASTCONV_DEVICE {
 
+class WeightCache;  // of the CPU alone: cpu/weight_cache.h
+
 struct ForwardArguments {
   const void* x;
   TensorView w;
@@ -16,6 +18,9 @@ struct ForwardArguments {
   const void* residual;  // shaped like y, or null
   Activation activation;
   void* y;
+  // Of the CPU alone; null elsewhere.
+  const void* scale = nullptr;   // [K]: w is to be multiplied by it
+  WeightCache* cache = nullptr;  // of w times scale
 };
 
 struct BackwardInputArguments {

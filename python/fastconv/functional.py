@@ -36,7 +36,8 @@ Pair: TypeAlias = "int | tuple[int, int]"
 Padding: TypeAlias = "int | tuple[int, int] | tuple[tuple[int, int], tuple[int, int]] | str"
 
 
-def _optional(value: Input | None) -> Tensor | None:
+def optional_tensor(value: Input | None) -> Tensor | None:
+    """As `as_tensor`; None stays."""
     return None if value is None else as_tensor(value)
 
 
@@ -61,7 +62,7 @@ def conv2d(
     x[N,C,H,W], weight[K,C/groups,R,S], bias[K], residual[N,K,P,Q] -> [N,K,P,Q].
     """
     check_activation(activation)
-    inputs = (as_tensor(x), as_tensor(weight), _optional(bias), _optional(residual))
+    inputs = (as_tensor(x), as_tensor(weight), optional_tensor(bias), optional_tensor(residual))
     if activation is not None and activation not in _FROM_OUTPUT and records(inputs):
         y = conv2d(*inputs[:3], stride, padding, dilation, groups, residual=inputs[3])
         return activate(y, activation)
@@ -89,7 +90,7 @@ def conv_transpose2d(
     dilation: Pair = 1,
 ) -> Tensor:
     """Transposed convolution: x[N,C,H,W], weight[C,K/groups,R,S] -> [N,K,P,Q]."""
-    inputs = (as_tensor(x), as_tensor(weight), _optional(bias))
+    inputs = (as_tensor(x), as_tensor(weight), optional_tensor(bias))
     xd, wd, bd = cuda.compute_operands(*map(_data, inputs))
     sizes = (stride, padding, output_padding, groups, dilation)
 
@@ -101,7 +102,7 @@ def conv_transpose2d(
 
 def linear(x: Input, weight: Input, bias: Input | None = None) -> Tensor:
     """x[..., in] times weight[out, in] transposed, plus bias[out]."""
-    inputs = (as_tensor(x), as_tensor(weight), _optional(bias))
+    inputs = (as_tensor(x), as_tensor(weight), optional_tensor(bias))
     xd, wd, bd = cuda.compute_operands(*map(_data, inputs))
 
     def backward(dy: Array, needs: Needs) -> Sequence[Array | None]:
@@ -130,7 +131,12 @@ def batch_norm(
     communicator: the batch is that of all its processes together; one of them may have N = 0.
     """
     check_activation(activation)
-    inputs = (as_tensor(x), _optional(weight), _optional(bias), _optional(residual))
+    inputs = (
+        as_tensor(x),
+        optional_tensor(weight),
+        optional_tensor(bias),
+        optional_tensor(residual),
+    )
     xd, wd, bd, rd = (_data(t) for t in inputs)
     fused: dict[str, Any] = {"residual": rd, "activation": activation}
     moments = None
@@ -186,7 +192,7 @@ def batch_norm_max_pool2d(
     device.
     """
     check_activation(activation)
-    inputs = (as_tensor(x), _optional(weight), _optional(bias))
+    inputs = (as_tensor(x), optional_tensor(weight), optional_tensor(bias))
     if cuda.is_device_array(inputs[0].data):
         normalised = batch_norm(
             inputs[0], running_mean, running_var, weight, bias, True, momentum, eps,

@@ -7,6 +7,7 @@ PyTorch's.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -19,13 +20,37 @@ M = TypeVar("M", bound="Module")
 ForwardHook = Callable[["Module", tuple[Any, ...], Any], Any]
 
 
-class Parameter(Tensor):
-    """A tensor that training changes, listed under the name of the module attribute it is."""
+_versions = itertools.count()
+ARRAY_OF_PARAMETER: Any = vars(Tensor)["data"]  # the slot below the property
 
-    __slots__ = ()
+
+class Parameter(Tensor):
+    """A tensor that training changes, listed under the name of the module attribute it is.
+
+    version: a number that is a new one after every use of `data`, since whoever has the array may
+        write to it.
+    """
+
+    __slots__ = ("version",)
 
     def __init__(self, data: Any, requires_grad: bool = True) -> None:
         super().__init__(data, requires_grad)
+
+    def _get_data(self) -> Array:
+        self.version = next(_versions)
+        return array_of(self)
+
+    def _set_data(self, array: Array) -> None:
+        self.version = next(_versions)
+        ARRAY_OF_PARAMETER.__set__(self, array)
+
+    data = property(_get_data, _set_data)
+
+
+def array_of(parameter: Parameter) -> Array:
+    """`parameter.data`, to be read at once: neither kept nor written, so its version stays."""
+    array: Array = ARRAY_OF_PARAMETER.__get__(parameter)
+    return array
 
 
 class KeyReport(NamedTuple):
@@ -257,7 +282,11 @@ class Module:
         """Training behaviour (batch statistics, dropout) of this module and all below it."""
         for module in self.modules():
             module.training = mode
+            module._forget()
         return self
+
+    def _forget(self) -> None:
+        """Frees what was made of the weights for evaluation."""
 
     def eval(self: M) -> M:
         """Inference behaviour of this module and all below it."""

@@ -16,12 +16,13 @@ import numpy as np
 
 from fastconv import functional as F
 from fastconv import init
+from fastconv.folding import KeptWeights, on_cpu
 from fastconv.functional import Padding, Pair
 from fastconv.init import get_rng_state, manual_seed, set_rng_state
 from fastconv.module import Module, Parameter
 from fastconv.ops._arrays import pair
 from fastconv.ops.dropout import check_mode, check_probability
-from fastconv.tensor import Array, Tensor, to_numpy
+from fastconv.tensor import Array, Tensor, records, to_numpy
 
 if TYPE_CHECKING:
     from fastconv.distributed import Communicator
@@ -59,6 +60,7 @@ __all__ = [
     "StochasticDepth",
     "SyncBatchNorm",
     "Tanh",
+    "conv_norm",
     "get_rng_state",
     "manual_seed",
     "set_rng_state",
@@ -178,9 +180,21 @@ class Conv2d(_Convolution):
             transposed=False,
         )
         self.activation = activation
+        self._kept = KeptWeights()
+
+    def _forget(self) -> None:
+        self._kept = KeptWeights()
 
     def forward(self, x: Any, residual: Any = None, *, activation: str | None = None) -> Tensor:
-        """activation(convolution + bias + residual); `activation` overrides the layer's own."""
+        """activation(convolution + bias + residual); `activation` overrides the layer's own.
+
+        In evaluation, when no gradient is recorded, the packed weights are kept for the next call.
+        """
+        if not self.training:
+            x, residual = F.as_tensor(x), F.optional_tensor(residual)
+            inputs = (x, self.weight, self.bias, residual)
+            if on_cpu(*inputs) and not records(inputs):
+                return self._kept.forward(self, None, x, residual, activation or self.activation)
         return F.conv2d(
             x,
             self.weight,
@@ -771,7 +785,8 @@ class Sequential(ModuleList):
 
     A `ReLU` (or another activation without settings) right behind a `Conv2d` or batch norm is
     computed in the same pass as that layer, unless one of the two has hooks: same values, one pass
-    over memory less. So is a `MaxPool2d` without padding or overlap behind a `BatchNorm2d`.
+    over memory less. So is a `MaxPool2d` without padding or overlap behind a `BatchNorm2d`. A batch
+    norm behind a `Conv2d` is called as by `conv_norm`.
     """
 
     def __init__(self, *modules: Module) -> None:
@@ -781,6 +796,8 @@ class Sequential(ModuleList):
         layers = self._items()
         i = 0
         while i < len(layers):
+            conv = layers[i] if i + 1 < len(layers) and _norm_of(layers[i], layers[i + 1]) else None
+            i += 0 if conv is None else 1
             layer = layers[i]
             options: dict[str, Any] = {}
             i += 1
@@ -791,8 +808,50 @@ class Sequential(ModuleList):
             if i < len(layers) and _poolable(layer, layers[i]):
                 options["pool"] = layers[i]
                 i += 1
-            x = layer(x, **options)
+            x = layer(x, **options) if conv is None else conv_norm(conv, layer, x, **options)
         return x
+
+
+def conv_norm(
+    conv: Module,
+    norm: Module,
+    x: Any,
+    residual: Any = None,
+    *,
+    activation: str | None = None,
+    pool: MaxPool2d | None = None,
+) -> Tensor:
+    """pool(activation(norm(conv(x)) + residual)).
+
+    For a `Conv2d` and a batch norm in evaluation this is one convolution, with the batch norm
+    folded into its weights, as long as no gradient is recorded and neither layer has hooks: see
+    `fastconv.folding`. Otherwise the layers are called one after the other.
+    """
+    x, residual = F.as_tensor(x), F.optional_tensor(residual)
+    folding = _norm_of(conv, norm)
+    if folding is not None and not folding.training and folding.running_mean is not None:
+        assert isinstance(conv, Conv2d)
+        inputs = (x, residual, conv.weight, conv.bias, folding.weight, folding.bias)
+        if on_cpu(*inputs) and not records(inputs):
+            F.check_activation(activation)
+            activation = activation or folding.activation
+            folded = conv._kept.forward(conv, folding, x, residual, activation)
+            return folded if pool is None else pool(folded)
+    given = {"residual": residual, "activation": activation, "pool": pool}
+    options = {name: value for name, value in given.items() if value is not None}
+    y: Tensor = norm(conv(x), **options)
+    return y
+
+
+def _norm_of(conv: Module, norm: Module) -> _BatchNorm | None:
+    """`norm` if it is a batch norm that can be folded into the convolution `conv`."""
+    # Exact types: a subclass may have a forward of its own.
+    if type(conv) is not Conv2d or type(norm) not in (BatchNorm2d, SyncBatchNorm):
+        return None
+    if conv._forward_hooks or norm._forward_hooks or conv.activation is not None:
+        return None
+    assert isinstance(norm, _BatchNorm)
+    return norm if norm.num_features == conv.out_channels else None
 
 
 def _fusable(layer: Module, following: Module) -> str | None:

@@ -66,11 +66,26 @@ struct StripTile : TileOutput {
   const float* x;
   int64_t x_step, x_row_step;
   int64_t rows, taps;
-  const float* w;     // [rows][taps][vectors * lanes]
-  const float* next;  // pixels next_step apart, as many as the tile's, which are fetched into L2; null: none
+  const float* w;       // [rows][taps][vectors * lanes]
+  const float* next_w;  // weights wanted next: kBlock floats of them are prefetched a tap; or null
+  const float* next;    // pixels next_step apart, as many as the tile's, which are fetched into L2; null: none
   int64_t next_step;
 };
 using StripTileFunction = void (*)(const StripTile&);
+
+// Few vectors times a matrix in place: y[r][o] = clamp(sum over i of x[r][i] w[o][i] + bias[o] + residual[r][o])
+struct DotTile {
+  const float* x;
+  const float* w;
+  int64_t x_step, w_step;  // between rows
+  int64_t rows, length;    // rows <= dot_rows
+  int64_t outs;
+  const float* bias;      // or null
+  const float* residual;  // like y, or null
+  float* y;
+  int64_t y_step;
+  float low, high;
+};
 
 // The gradient of a strip's weights, one vector of lanes:
 // acc[r][j][lane] += sum over pixels of a[pixel + r * a_tap_step + j] b[pixel + lane]
@@ -196,6 +211,8 @@ struct Conv2dKernels {
   // [vectors - 1][rows - 1][pixels - 1]; null beyond tile_pixels
   DirectTileFunction direct[2][2][16];
   StripTileFunction strip[2][16];  // [vectors - 1][pixels - 1]; null beyond tile_pixels
+  int64_t dot_rows;
+  void (*dot)(const DotTile&);
   // dst[block * block_stride + p * kBlock + i] = src[p * src_step + block * kBlock + i], zero beyond channels
   void (*pack_pixels)(const float* src, int64_t src_step, int64_t pixels, int64_t channels, float* dst,
                       int64_t block_stride);

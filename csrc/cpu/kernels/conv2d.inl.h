@@ -41,15 +41,20 @@ __attribute__((always_inline)) inline void store_tile(const Vec (&sums)[ROWS * P
   }
 }
 
-// Has the cache lines of a tile's outputs at hand when its sums are finished.
-template <int V, int ROWS, int P> __attribute__((always_inline)) inline void prefetch_outputs(const TileOutput& t) {
-  if (t.streaming) return;
+template <int V, int ROWS, int P>
+__attribute__((always_inline)) inline void prefetch_tile(const TileOutput& t, const float* first) {
 #pragma GCC unroll 2
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) prefetch(t.y + r * t.row_stride + p * t.pixel_stride + v * kLanes);
+      for (int v = 0; v < V; ++v) prefetch(first + r * t.row_stride + p * t.pixel_stride + v * kLanes);
+}
+
+// Has the cache lines of a tile's outputs, and of what is added to them, at hand when its sums are finished.
+template <int V, int ROWS, int P> __attribute__((always_inline)) inline void prefetch_outputs(const TileOutput& t) {
+  if (t.residual) prefetch_tile<V, ROWS, P>(t, t.residual);
+  if (!t.streaming) prefetch_tile<V, ROWS, P>(t, t.y);
 }
 
 // direct_tile: y[ROWS*P][V*lanes] = sum over blocks, taps, channels of x[pixel][channel] * w[channel][V*lanes].

@@ -29,7 +29,8 @@ template <int V, int P> void strip_tile(const StripTile& t) {
 
   prefetch_outputs<V, 1, P>(t);
   const float* w = t.w;
-  const int64_t step = t.x_step;
+  const float* next_w = t.next_w ? t.next_w : t.w;
+  const int64_t step = t.x_step, next_w_step = t.next_w ? kBlock : 0;
   for (int64_t r = 0; r < t.rows; ++r) {
     const float* x[kTriples];
 #pragma GCC unroll 6
@@ -41,6 +42,7 @@ template <int V, int P> void strip_tile(const StripTile& t) {
         Vec weights[V];
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) weights[v] = load(w + (j * V + v) * kLanes);
+        prefetch_l2(next_w + j * next_w_step);
 #pragma GCC unroll 16
         for (int p = 0; p < P; ++p) {
           const Vec a = set1(x[p / 3][p % 3 * step + j]);
@@ -49,6 +51,7 @@ template <int V, int P> void strip_tile(const StripTile& t) {
         }
       }
       w += kCount * V * kLanes;
+      next_w += kCount * next_w_step;
 #pragma GCC unroll 6
       for (int i = 0; i < kTriples; ++i) x[i] += kCount;
     };

@@ -5,6 +5,7 @@
 #include "cpu/kernels/channels.inl.h"
 #include "cpu/kernels/conv2d.inl.h"
 #include "cpu/kernels/depthwise.inl.h"
+#include "cpu/kernels/dot.inl.h"
 #include "cpu/kernels/elementwise.inl.h"
 #include "cpu/kernels/grouped.inl.h"
 #include "cpu/kernels/layout.inl.h"
@@ -28,6 +29,8 @@ constexpr Conv2dKernels conv2d_kernels() {
       kTileVectors * kLanes,
       {{FC_DIRECT_ROW(1, 1), FC_DIRECT_ROW(1, 2)}, {FC_DIRECT_ROW(2, 1), FC_DIRECT_ROW(2, 2)}},
       {FC_STRIP_ROW(1), FC_STRIP_ROW(2)},
+      kDotRows,
+      dot<>,
       pack_pixels,
       pack_slice<float>,
       zero_pixels,

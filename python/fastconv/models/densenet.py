@@ -20,6 +20,7 @@ from fastconv.nn import (
     ReLU,
     Sequential,
     channels_last,
+    conv_norm,
 )
 from fastconv.ops.dropout import check_probability
 from fastconv.tensor import Tensor
@@ -40,8 +41,8 @@ class DenseLayer(Module):
         self.drop_rate = drop_rate
 
     def forward(self, x: Any) -> Tensor:
-        y = self.conv1(self.norm1(x, activation="relu"))
-        y = self.conv2(self.norm2(y, activation="relu"))
+        y = self.norm1(x, activation="relu")
+        y = self.conv2(conv_norm(self.conv1, self.norm2, y, activation="relu"))
         return F.dropout(y, self.drop_rate, self.training)
 
 

@@ -26,6 +26,7 @@ from fastconv.nn import (
     SqueezeExcitation,
     StochasticDepth,
     channels_last,
+    conv_norm,
 )
 from fastconv.tensor import Tensor
 
@@ -113,7 +114,15 @@ class MBConv(Module):
         self.out_channels = cnf.out_channels
 
     def forward(self, x: Any) -> Tensor:
-        y: Tensor = self.block(x)
+        *layers, project = self.block
+        hooked = any(m._forward_hooks for m in (self.block, project, self.stochastic_depth))
+        if self.use_res_connect and not self.training and not hooked:
+            y = x
+            for layer in layers:
+                y = layer(y)
+            conv, norm = project.children()
+            return conv_norm(conv, norm, y, x)  # the sum in the pass of the convolution
+        y = self.block(x)
         return self.stochastic_depth(y) + x if self.use_res_connect else y
 
 

@@ -24,6 +24,7 @@ from fastconv.nn import (
     ModuleList,
     StochasticDepth,
     channels_last,
+    conv_norm,
 )
 from fastconv.tensor import Tensor
 
@@ -81,14 +82,14 @@ class LiteBlock(Module):
         self.stochastic_depth = StochasticDepth(stochastic_depth_prob, "row")
 
     def forward(self, x: Any) -> Tensor:
-        y = self._bn0(self._expand_conv(x), activation="relu6") if self.expands else x
-        y = self._bn1(self._depthwise_conv(y), activation="relu6")
-        y = self._project_conv(y)
+        y = x
+        if self.expands:
+            y = conv_norm(self._expand_conv, self._bn0, x, activation="relu6")
+        y = conv_norm(self._depthwise_conv, self._bn1, y, activation="relu6")
         if self.training and self.adds_input and self.stochastic_depth.p:
-            dropped: Tensor = self.stochastic_depth(self._bn2(y)) + x
+            dropped: Tensor = self.stochastic_depth(self._bn2(self._project_conv(y))) + x
             return dropped
-        result: Tensor = self._bn2(y, residual=x if self.adds_input else None)
-        return result
+        return conv_norm(self._project_conv, self._bn2, y, x if self.adds_input else None)
 
 
 class EfficientNetLite(Module):
@@ -131,10 +132,10 @@ class EfficientNetLite(Module):
 
     def pooled_features(self, x: Any) -> Tensor:
         """What the dense layer sees: images [N, C, H, W] -> [N, 1280]."""
-        y = self._bn0(self._conv_stem(x), activation="relu6")
+        y = conv_norm(self._conv_stem, self._bn0, x, activation="relu6")
         for block in self._blocks:
             y = block(y)
-        y = self._bn1(self._conv_head(y), activation="relu6")
+        y = conv_norm(self._conv_head, self._bn1, y, activation="relu6")
         pooled: Tensor = self._flatten(self._avg_pooling(y))
         return pooled
 

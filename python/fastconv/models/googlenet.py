@@ -24,6 +24,7 @@ from fastconv.nn import (
     Module,
     Sequential,
     channels_last,
+    conv_norm,
 )
 from fastconv.tensor import Tensor
 
@@ -178,8 +179,7 @@ class BasicConv2d(Module):
         self.bn = BatchNorm2d(out_channels, eps=0.001)
 
     def forward(self, x: Any) -> Tensor:
-        y: Tensor = self.bn(self.conv(x), activation="relu")
-        return y
+        return conv_norm(self.conv, self.bn, x, activation="relu")
 
 
 def check_transform_input(transform_input: bool, in_channels: int) -> None:

@@ -25,6 +25,7 @@ from fastconv.nn import (
     MaxPool2d,
     Module,
     Sequential,
+    conv_norm,
 )
 from fastconv.tensor import Tensor
 
@@ -80,9 +81,8 @@ class BasicBlock(Module):
 
     def forward(self, x: Any) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        y = self.bn1(self.conv1(x), activation="relu")
-        result: Tensor = self.bn2(self.conv2(y), residual=shortcut, activation="relu")
-        return result
+        y = conv_norm(self.conv1, self.bn1, x, activation="relu")
+        return conv_norm(self.conv2, self.bn2, y, shortcut, activation="relu")
 
 
 class Bottleneck(Module):
@@ -116,10 +116,9 @@ class Bottleneck(Module):
 
     def forward(self, x: Any) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        y = self.bn1(self.conv1(x), activation="relu")
-        y = self.bn2(self.conv2(y), activation="relu")
-        result: Tensor = self.bn3(self.conv3(y), residual=shortcut, activation="relu")
-        return result
+        y = conv_norm(self.conv1, self.bn1, x, activation="relu")
+        y = conv_norm(self.conv2, self.bn2, y, activation="relu")
+        return conv_norm(self.conv3, self.bn3, y, shortcut, activation="relu")
 
 
 class ResNet(Module):
@@ -198,7 +197,7 @@ class ResNet(Module):
             self.apply(_zero_last_scale)
 
     def forward(self, x: Any) -> Tensor:
-        y = self.maxpool(self.bn1(self.conv1(x), activation="relu"))
+        y = self.maxpool(conv_norm(self.conv1, self.bn1, x, activation="relu"))
         for i in range(self._stages):
             y = getattr(self, f"layer{i + 1}")(y)
         logits: Tensor = self.fc(self.flatten(self.avgpool(y)))

@@ -26,6 +26,7 @@ from .activation import (
 )
 from .channels import cat, cat_backward, channel_gate, channel_gate_backward
 from .conv import (
+    PackedConv2d,
     conv2d,
     conv2d_backward,
     conv2d_output_shape,
@@ -66,6 +67,7 @@ from .pool import (
 from .response_norm import local_response_norm, local_response_norm_backward
 
 __all__ = [
+    "PackedConv2d",
     "adamw_step",
     "adaptive_avg_pool2d",
     "adaptive_avg_pool2d_backward",

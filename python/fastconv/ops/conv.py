@@ -15,6 +15,7 @@ import numpy as np
 
 from .. import _C, cuda
 from ._arrays import Array, integer, kernels, like, operand, pair, to_stored
+from .norm import scale_and_shift
 
 PaddingLike = Any  # int, (h, w), ((top, bottom), (left, right)), "same" or "valid"
 
@@ -83,6 +84,73 @@ def conv2d(
         activation or "",
     )
     return like(y, x)
+
+
+def _on_cpu(x: Array, name: str) -> np.ndarray:
+    array = operand(x, name)
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"PackedConv2d computes on the CPU, but {name} is on a CUDA device")
+    return array
+
+
+class PackedConv2d:
+    """:func:`conv2d` with constant weights, packed once: for inference outside of `fastconv.nn`.
+
+    Args:
+        w, bias, stride, padding, dilation, groups: as for :func:`conv2d`. w and bias are copied:
+            later changes of the arrays do not count.
+        batch_norm: (running_mean, running_var, weight, bias, eps) of a batch norm behind the
+            convolution, folded into its weights; its weight and bias (C,) may be None.
+
+    Raises as :func:`conv2d`, for shapes that do not fit when it is called; TypeError for an array
+    on a CUDA device.
+    """
+
+    def __init__(
+        self,
+        w: Array,
+        bias: Array | None = None,
+        stride: Any = 1,
+        padding: PaddingLike = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        *,
+        batch_norm: tuple[Array, Array, Array | None, Array | None, float] | None = None,
+    ) -> None:
+        self._weight = np.array(_on_cpu(w, "weight"))  # in the order of its memory
+        self._scale: np.ndarray | None = None
+        self._bias = None if bias is None else np.array(_on_cpu(bias, "bias"))
+        if batch_norm is not None:
+            *vectors, eps = batch_norm
+            mean, var, weight, shift = (
+                None if vector is None else _on_cpu(vector, "batch_norm") for vector in vectors
+            )
+            if mean is None or var is None:
+                raise ValueError("batch_norm needs a running mean and variance, got None")
+            self._scale, self._bias = scale_and_shift(mean, var, weight, shift, eps, self._bias)
+        self._settings = (
+            pair(stride, "stride"),
+            padding_sides(padding),
+            pair(dilation, "dilation"),
+            integer(groups, "groups"),
+        )
+        self._cache = _C.WeightCache()
+
+    def __call__(
+        self, x: Array, *, activation: str | None = None, residual: Array | None = None
+    ) -> Array:
+        """act(batch_norm(convolution of x + bias) + residual), of x's kind and layout."""
+        y = _C.conv2d(
+            _on_cpu(x, "input"),
+            self._weight,
+            self._bias,
+            None if residual is None else _on_cpu(residual, "residual"),
+            *self._settings,
+            activation or "",
+            self._scale,
+            self._cache,
+        )
+        return like(y, x)
 
 
 def conv2d_backward(

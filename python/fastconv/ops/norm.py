@@ -37,6 +37,27 @@ def _with_rank(image: np.ndarray, ndim: int) -> np.ndarray:
     return image if ndim == 4 else image[:, :, 0, 0]
 
 
+def scale_and_shift(
+    mean: np.ndarray,
+    var: np.ndarray,
+    weight: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    eps: float = 1e-5,
+    offset: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, shift): batch_norm(x + offset) = x * scale + shift, by running statistics.
+
+    All (C,); computed in float64, returned in the dtype of mean.
+    """
+    scale = 1.0 / np.sqrt(var.astype(np.float64) + eps)
+    if weight is not None:
+        scale = scale * weight
+    shift = scale * ((0.0 if offset is None else offset) - mean.astype(np.float64))
+    if bias is not None:
+        shift = shift + bias
+    return scale.astype(mean.dtype), shift.astype(mean.dtype)
+
+
 def batch_norm(
     x: Array,
     running_mean: Array | None,

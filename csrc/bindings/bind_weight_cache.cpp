@@ -1,0 +1,18 @@
+// Convolution with scaled weights that are kept packed: of the CPU alone.
+#include <pybind11/stl.h>
+
+#include "bindings/conv2d.h"
+#include "cpu/weight_cache.h"
+
+namespace fastconv::bindings {
+
+void bind_weight_cache(py::module_& m) {
+  using namespace py::literals;
+  py::class_<cpu::WeightCache>(m, "WeightCache", "The packed forms of one set of weights, between calls.")
+      .def(py::init<>());
+  // An overload of the one that every device has.
+  m.def("conv2d", &conv2d, "x"_a, "w"_a, "bias"_a, "residual"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a,
+        "activation"_a, "scale"_a, "cache"_a = py::none());
+}
+
+}  // namespace fastconv::bindings
