@@ -194,7 +194,6 @@ void transform_input(const T* x, const SourceImage& source, const Axis& rows, co
 // Channels whose weights are packed at a time: whole cache lines side by side, for the memory's sake, while all taps
 // stay in L2.
 constexpr int64_t kChannelsOf3 = 4 * kBlock, kChannelsOf5 = kBlock;
-static_assert(25 * kChannelsOf5 <= 9 * kChannelsOf3);
 int64_t channels_at_once(const Axis& rows) { return rows.taps == 3 ? kChannelsOf3 : kChannelsOf5; }
 
 // Channels [c, c + count) of one panel: [tap][channels_at_once][width], with gaps where there are fewer.
@@ -216,11 +215,12 @@ void transform_weights(const T* weights, const WeightView& w, const Axis& rows, 
                        const float* packed = nullptr) {
   const int64_t at_once = channels_at_once(rows), taps = rows.taps * columns.taps;
   const int64_t width = panels.width(panel), tap = at_once * width;
-  alignas(64) float own[9 * kChannelsOf3 * 32];
+  Buffer own;  // more than the stack of a thread may hold
+  if (!packed) own = Buffer(taps * tap * sizeof(float));
   for (int64_t c = channels.begin; c < channels.end; c += at_once) {
     const int64_t count = std::min(at_once, channels.end - c);
-    if (!packed) pack_taps(weights, w, rows, columns, panels, g, panel, c, count, own);
-    kernels().winograd.weights[rows.taps == 5](packed ? packed + taps * c * width : own, tap, count * width,
+    if (!packed) pack_taps(weights, w, rows, columns, panels, g, panel, c, count, own.as<float>());
+    kernels().winograd.weights[rows.taps == 5](packed ? packed + taps * c * width : own.as<float>(), tap, count * width,
                                                u + c * width, position);
   }
 }
