@@ -47,6 +47,12 @@ struct DirectProblem {
   Epilogue epilogue;
   bool streaming = false;
   WeightCache* cache = nullptr;
+
+  // Where output (row, column) of image n stands in y, its first channel.
+  int64_t output_offset(int64_t n, int64_t row, int64_t column) const {
+    return ((n * y_h + rows.out_first + row * rows.out_step) * y_w + columns.out_first + column * columns.out_step) *
+           y_pixel;
+  }
 };
 void run(const DirectProblem&);
 

@@ -118,10 +118,7 @@ void run_vector(const direct::DirectProblem& d, const Vectors& vectors, const st
         }
       for (int64_t i = 0; i < tiles; ++i) {
         const Range part = split(width, tiles, i);
-        const int64_t at = ((n * d.y_h + d.rows.out_first + y * d.rows.out_step) * d.y_w + d.columns.out_first +
-                            (range.x0 + part.begin) * d.columns.out_step) *
-                               d.y_pixel +
-                           channel;
+        const int64_t at = d.output_offset(n, y, range.x0 + part.begin) + channel;
         t.x_offset = part.begin * kBlock;
         t.y = d.y + at;
         t.residual = d.epilogue.residual ? d.epilogue.residual + at : nullptr;
