@@ -20,8 +20,9 @@ from tests import reference
 
 pytestmark = pytest.mark.skipif(not cuda.is_available(), reason="no CUDA device here")
 
-# The function as it is, where the suite runs them on the device.
+# The functions as they are, where the suite runs them on the device.
 conv2d = getattr(fc.conv2d, "__wrapped__", fc.conv2d)
+PackedConv2d = getattr(fc.PackedConv2d, "__wrapped__", fc.PackedConv2d)
 RNG = np.random.default_rng(0)
 
 
@@ -171,3 +172,22 @@ def test_an_emulated_device_says_so():
 def test_every_model_can_be_moved():
     model = models.create("smallcnn", num_classes=4)
     assert model.to("cuda").to("cpu").device == "cpu"
+
+
+def test_evaluation_computes_without_folding():
+    """What the CPU folds into its weights, the device computes one operation after the other."""
+    fc.manual_seed(0)
+    cpu = models.create("resnet8_cifar", in_channels=3, image_size=8, num_classes=4).eval()
+    gpu = copy.deepcopy(cpu).to("cuda").eval()
+    x = normal(2, 3, 8, 8)
+    with fc.no_grad():
+        expected, result = cpu(x).data, gpu(cuda.array(x)).data
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_weights_are_of_the_cpu_alone():
+    w, x = normal(4, 3, 3, 3), normal(2, 3, 6, 6)
+    with pytest.raises(TypeError, match="weight is on a CUDA device"):
+        PackedConv2d(cuda.array(w))
+    with pytest.raises(TypeError, match="input is on a CUDA device"):
+        PackedConv2d(w)(cuda.array(x))
