@@ -153,9 +153,10 @@ def test_train_and_eval(capsys: pytest.CaptureFixture[str]) -> None:
     assert "\x1b" not in err
 
     best = "runs/lenet5-mnist5k/best.safetensors"
-    code, out, _ = run(capsys, "eval", best, "--json", "--batch-size=333")
+    code, out, _ = run(capsys, "eval", "runs/lenet5-mnist5k", "--json", "--batch-size=333")
     assert code == 0
     measured = json.loads(out)
+    assert measured["checkpoint"] == best
     assert measured["accuracy"] == result["best_test_accuracy"]
     assert (measured["images"], measured["split"]) == (1000, "test")
     assert measured["accuracy"] <= measured["top5_accuracy"] <= 1

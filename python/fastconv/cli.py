@@ -245,7 +245,7 @@ def _add_eval(commands: Any) -> None:
     text = "measure the accuracy of a checkpoint on the test images"
     parser = _add_command(commands, "eval", _eval, text)
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="best.safetensors or last.safetensors"
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's folder: its best one"
     )
     parser.add_argument("--data", metavar="NAME", help="data set (the one it was trained on)")
     parser.add_argument("--data-dir", metavar="DIR", help="folder with the files of the data set")
@@ -257,15 +257,17 @@ def _add_eval(commands: Any) -> None:
 def _eval(options: argparse.Namespace) -> None:
     from fastconv import data, train
     from fastconv.train import recipe
+    from fastconv.train.run_folder import find_checkpoint
 
     _set_threads(options.threads)
-    model, info = train.load_model(options.checkpoint)
+    checkpoint = find_checkpoint(options.checkpoint)
+    model, info = train.load_model(checkpoint)
     name = options.data or info["data"]
     dataset = data.load(name, options.split, options.data_dir, info["image_size"])
     expected = (info["image_size"], info["image_size"], info["in_channels"])
     if dataset.image_shape != expected or len(dataset.classes) != len(info["classes"]):
         raise ValueError(
-            f"{options.checkpoint} takes images {expected} of {len(info['classes'])} classes, "
+            f"{checkpoint} takes images {expected} of {len(info['classes'])} classes, "
             f"{name} has {dataset.image_shape} and {len(dataset.classes)}"
         )
     batch_size = options.batch_size
@@ -274,7 +276,7 @@ def _eval(options: argparse.Namespace) -> None:
     loader = data.DataLoader(dataset, batch_size, mean=info["mean"], std=info["std"])
     result = train.evaluate(model, loader)
     figures = {
-        "checkpoint": str(options.checkpoint),
+        "checkpoint": str(checkpoint),
         "model": info["model"],
         "data": name,
         "split": options.split,

@@ -18,8 +18,9 @@ from fastconv.data import DataLoader, Dataset
 from fastconv.module import HookHandle
 from fastconv.tensor import Tensor, no_grad
 from fastconv.train.recipe import load_model
+from fastconv.train.run_folder import find_checkpoint
 
-__all__ = ["draw_features", "draw_filters", "feature_maps", "find_checkpoint", "read_input", "show"]
+__all__ = ["draw_features", "draw_filters", "feature_maps", "read_input", "show"]
 
 MOST_CHANNELS = 64  # that are drawn of a layer
 MOST_LAYERS = 6  # that are drawn when none are named
@@ -56,17 +57,6 @@ def show(
     draw_filters(first_convolution(model).weight.data, paths[0])
     draw_features(picture, maps, f"{title}, taken for {answer}", paths[1])
     return paths
-
-
-def find_checkpoint(path: str | PathLike[str]) -> Path:
-    """The file itself, or the best or last checkpoint of a run's folder."""
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    for name in ("best.safetensors", "last.safetensors"):
-        if (path / name).is_file():
-            return path / name
-    raise FileNotFoundError(f"{path}: no checkpoint of a run here")
 
 
 def read_input(

@@ -53,3 +53,14 @@ class RunFolder:
     def sync_metrics(self) -> None:
         with open(self.metrics, "a", encoding="utf-8") as file:
             os.fsync(file.fileno())
+
+
+def find_checkpoint(path: str | PathLike[str]) -> Path:
+    """The file itself, or the best or last checkpoint of a run's folder."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in ("best.safetensors", "last.safetensors"):
+        if (path / name).is_file():
+            return path / name
+    raise FileNotFoundError(f"{path}: no checkpoint of a run here")
