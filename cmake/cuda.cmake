@@ -39,7 +39,8 @@ set(cuda_kernels
   csrc/cuda/optimizer.cu
   csrc/cuda/pool2d.cu
   csrc/cuda/reduce.cu
-  csrc/cuda/response_norm.cu)
+  csrc/cuda/response_norm.cu
+  csrc/cuda/training.cu)
 set(cuda_sources
   csrc/core/allocator.cpp
   csrc/core/batch_norm_problem.cpp
@@ -49,6 +50,7 @@ set(cuda_sources
   csrc/core/problem.cpp
   csrc/core/response_norm_problem.cpp
   csrc/cuda/conv2d.cpp
+  csrc/cuda/step_numbers.cpp
   csrc/cuda/tables.cpp
   csrc/device/linear.cpp
   csrc/bindings/array_device.cpp
@@ -62,6 +64,7 @@ set(cuda_sources
   csrc/bindings/bind_optimizer.cpp
   csrc/bindings/bind_pool2d.cpp
   csrc/bindings/bind_response_norm.cpp
+  csrc/bindings/bind_training.cpp
   csrc/bindings/convert.cpp
   csrc/bindings/cuda_module.cpp
   csrc/bindings/dlpack.cpp

@@ -15,15 +15,6 @@
 namespace fastconv::bindings {
 namespace {
 
-constexpr DType kTypes[] = {DType::kFloat32, DType::kFloat64, DType::kInt64,
-                            DType::kUInt8,   DType::kFloat16, DType::kBFloat16};
-
-DType parse_dtype(const std::string& wanted) {
-  for (DType type : kTypes)
-    if (wanted == name(type)) return type;
-  throw TypeError("dtype " + wanted + " is not supported on a CUDA device");
-}
-
 // numpy has no bfloat16: arrays of it are seen as 16-bit integers where only their form matters.
 py::dtype form_dtype(DType type) { return py::dtype(type == DType::kBFloat16 ? "uint16" : name(type)); }
 
@@ -327,6 +318,12 @@ DeviceArray from_pointer(uintptr_t pointer, const std::vector<int64_t>& shape, c
 }
 
 }  // namespace
+
+DType parse_dtype(const std::string& wanted) {
+  for (DType type : {DType::kFloat32, DType::kFloat64, DType::kInt64, DType::kUInt8, DType::kFloat16, DType::kBFloat16})
+    if (wanted == name(type)) return type;
+  throw TypeError("dtype " + wanted + " is not supported on a CUDA device");
+}
 
 TensorView view(const DeviceArray& array, const char*) { return array.view(); }
 

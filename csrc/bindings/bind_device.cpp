@@ -36,11 +36,6 @@ void bind_device(py::module_& m) {
   m.def("reset_peak_memory_stats", &reset_peak_memory_stats);
   m.def("set_memory_limit", &set_memory_limit, "bytes"_a);
   m.def("empty_cache", &empty_cache);
-  py::class_<cuda::Graph>(m, "Graph", "Work that is recorded once and started as one.")
-      .def(py::init<>())
-      .def("begin", &cuda::Graph::begin)
-      .def("end", &cuda::Graph::end)
-      .def("replay", &cuda::Graph::replay, py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace fastconv::bindings

@@ -15,6 +15,7 @@ void bind_elementwise(pybind11::module_& m);
 void bind_linear(pybind11::module_& m);
 void bind_loss(pybind11::module_& m);
 void bind_optimizer(pybind11::module_& m);
+void bind_training(pybind11::module_& m);
 }  // namespace fastconv::bindings
 
 PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
@@ -37,4 +38,5 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
   fastconv::bindings::bind_linear(m);
   fastconv::bindings::bind_loss(m);
   fastconv::bindings::bind_optimizer(m);
+  fastconv::bindings::bind_training(m);
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <string>
 
 #include "core/tensor.h"
 
@@ -21,5 +22,8 @@ class DeviceArray {
   TensorView view_;
   std::shared_ptr<void> owner_;  // keeps the memory
 };
+
+// The dtype of that name; TypeError for one that a CUDA device does not have here.
+DType parse_dtype(const std::string& name);
 
 }  // namespace fastconv::bindings

@@ -80,6 +80,12 @@ const DeviceInfo& device_info() {
   return info;
 }
 
+size_t free_memory() {
+  size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+  return free;
+}
+
 Stream current_stream() { return stream; }
 void set_current_stream(Stream s) { stream = s; }
 
@@ -104,6 +110,8 @@ void let_wait(Stream other) {
 
 void copy_bytes(void* to, const void* from, size_t bytes, Copy direction) {
   if (bytes == 0) return;
+  if (direction != Copy::kOnDevice && capturing())  // a replay would read host memory that is gone
+    throw DeviceError("nothing can be copied from or to the host while a graph is recorded");
   const cudaMemcpyKind kind = direction == Copy::kToDevice ? cudaMemcpyHostToDevice
                               : direction == Copy::kToHost ? cudaMemcpyDeviceToHost
                                                            : cudaMemcpyDeviceToDevice;

@@ -41,6 +41,7 @@ constexpr bool emulated() {
 std::string unavailable_reason();
 // Of device 0, the only one used. DeviceError where there is none.
 const DeviceInfo& device_info();
+size_t free_memory();  // bytes that can still be allocated, without those that the allocator keeps
 
 // The stream of this thread's calls: the default one unless set.
 Stream current_stream();

@@ -36,6 +36,8 @@ const DeviceInfo& device_info() {
   return info;
 }
 
+size_t free_memory() { return device_info().memory; }
+
 Stream current_stream() { return stream; }
 void set_current_stream(Stream s) { stream = s; }
 bool capturing() { return recorded != nullptr; }
@@ -55,7 +57,7 @@ void do_or_record(std::function<void()> work) {
 void copy_bytes(void* to, const void* from, size_t bytes, Copy direction) {
   if (bytes == 0) return;
   if (direction != Copy::kOnDevice) {
-    synchronize();
+    if (capturing()) throw DeviceError("nothing can be copied from or to the host while a graph is recorded");
     memcpy(to, from, bytes);
     return;
   }

@@ -42,8 +42,9 @@ template <class T> struct Dropout {
   DropRule rule;
   FC_HOST_DEVICE void operator()(int64_t block) const {
     uint32_t words[4];
-    philox(rule.seed, rule.offset / 4 + static_cast<uint64_t>(block), words);
-    const int64_t first = 4 * block - static_cast<int64_t>(rule.offset % 4);
+    const uint64_t offset = rule.offset_now();
+    philox(rule.seed_now(), offset / 4 + static_cast<uint64_t>(block), words);
+    const int64_t first = 4 * block - static_cast<int64_t>(offset % 4);
     for (int j = 0; j < 4; ++j) {
       const int64_t i = first + j;
       if (i >= 0 && i < n)
@@ -58,7 +59,8 @@ template <class T> struct DropRows {
   int64_t size;
   DropRule rule;
   FC_HOST_DEVICE void operator()(int64_t i) const {
-    const bool kept = random_word(rule.seed, rule.offset + static_cast<uint64_t>(i / size)) >= rule.threshold;
+    const bool kept =
+        random_word(rule.seed_now(), rule.offset_now() + static_cast<uint64_t>(i / size)) >= rule.threshold;
     y[i] = kept ? T(static_cast<Acc<T>>(x[i]) * static_cast<Acc<T>>(rule.scale)) : T(0.0f);
   }
 };
@@ -111,7 +113,7 @@ void dropout(DType dtype, const void* x, void* y, int64_t n, double p, uint64_t 
   if (n == 0) return;
   dispatch_real(dtype, [&](auto t) {
     using T = decltype(t);
-    const int64_t blocks = ceil_divide(n + static_cast<int64_t>(offset % 4), 4);
+    const int64_t blocks = ceil_divide(n + 3, 4);  // enough for any offset, which is another in each replay
     for_each(blocks, Dropout<T>{static_cast<const T*>(x), static_cast<T*>(y), n, rule});
   });
 }

@@ -6,6 +6,8 @@
 
 #include "core/allocator.h"
 #include "cuda/launch.h"
+#include "cuda/step_numbers.h"
+#include "cuda/training.h"
 
 namespace fastconv::cuda {
 namespace {
@@ -35,35 +37,59 @@ struct Group {
   }
 };
 
+// The factor of all gradients. One that an earlier kernel has computed may be NaN: then nothing is changed.
+struct Factor {
+  double value;
+  const double* place;
+  FC_INLINE bool fetch() {
+    if (!place) return true;
+    value = *place;
+    return value == value;
+  }
+};
+
 template <class T> struct Sgd {
-  double lr, momentum, dampening, scale;
+  Numbers<1> lr;
+  Factor scale;
+  double momentum, dampening;
   bool nesterov, first;
+  FC_INLINE bool fetch() {
+    lr.fetch();
+    return scale.fetch();
+  }
   // d = scale g + weight_decay p; m = momentum m + (1 - dampening) d (d itself at first); p -= lr (nesterov ? d +
   // momentum m : m)
   FC_HOST_DEVICE void operator()(const Entry& e, int64_t i) const {
     using A = Acc<T>;
     T &p = static_cast<T*>(e.value)[i], *momenta = static_cast<T*>(e.state[0]);
     const A value = p;
-    A d = static_cast<A>(scale) * static_cast<A>(static_cast<const T*>(e.gradient)[i]) +
+    A d = static_cast<A>(scale.value) * static_cast<A>(static_cast<const T*>(e.gradient)[i]) +
           static_cast<A>(e.weight_decay) * value;
     if (momenta) {
       const A m = first ? d : static_cast<A>(momentum) * static_cast<A>(momenta[i]) + static_cast<A>(1 - dampening) * d;
       momenta[i] = T(m);
       d = nesterov ? d + static_cast<A>(momentum) * m : m;
     }
-    p = T(value - static_cast<A>(lr) * d);
+    p = T(value - static_cast<A>(lr.value[0]) * d);
   }
 };
 
 template <class T> struct AdamW {
-  double lr, beta1, beta2, eps, scale, bias1, root_scale;
+  Numbers<3> numbers;  // lr; 1 - beta1^step; 1 / sqrt(1 - beta2^step)
+  Factor scale;
+  double beta1, beta2, eps;
+  FC_INLINE bool fetch() {
+    numbers.fetch();
+    return scale.fetch();
+  }
   // g *= scale; p *= 1 - lr weight_decay; m += (1 - beta1) (g - m); v = beta2 v + (1 - beta2) g^2;
   // p -= lr / bias1 m / (sqrt(v) root_scale + eps)
   FC_HOST_DEVICE void operator()(const Entry& e, int64_t i) const {
     using A = Acc<T>;
     T &p = static_cast<T*>(e.value)[i], &mean = static_cast<T*>(e.state[0])[i],
       &square = static_cast<T*>(e.state[1])[i];
-    const A g = static_cast<A>(scale) * static_cast<A>(static_cast<const T*>(e.gradient)[i]);
+    const double lr = numbers.value[0], bias1 = numbers.value[1], root_scale = numbers.value[2];
+    const A g = static_cast<A>(scale.value) * static_cast<A>(static_cast<const T*>(e.gradient)[i]);
     const A m = static_cast<A>(mean) + static_cast<A>(1 - beta1) * (g - static_cast<A>(mean));
     const A v = static_cast<A>(beta2) * static_cast<A>(square) + static_cast<A>(1 - beta2) * g * g;
     mean = T(m);
@@ -74,11 +100,15 @@ template <class T> struct AdamW {
 };
 
 template <class T> struct MoveTowards {
-  double share;
+  Numbers<1> share;
+  FC_INLINE bool fetch() {
+    share.fetch();
+    return true;
+  }
   FC_HOST_DEVICE void operator()(const Entry& e, int64_t i) const {
     T& average = static_cast<T*>(e.value)[i];
     const Acc<T> from = average, to = static_cast<const T*>(e.gradient)[i];
-    average = T(from + static_cast<Acc<T>>(share) * (to - from));
+    average = T(from + static_cast<Acc<T>>(share.value[0]) * (to - from));
   }
 };
 
@@ -89,10 +119,12 @@ template <class Update> struct UpdatePieces {
   Group group;
   Update update;
   template <int PHASE> FC_HOST_DEVICE void run(int64_t block, int thread, Shared&, Local&) const {
+    Update now = update;
+    if (!now.fetch()) return;
     const Entry& e = group.entries[group.find(block)];
     const int64_t begin = (block - e.first_block) * kPieceElements;
     const int64_t end = begin + kPieceElements < e.n ? begin + kPieceElements : e.n;
-    for (int64_t i = begin + thread; i < end; i += kThreads) update(e, i);
+    for (int64_t i = begin + thread; i < end; i += kThreads) now(e, i);
   }
 };
 
@@ -124,6 +156,29 @@ template <class T> struct SquarePieces {
   }
 };
 
+// The root of the sum, by one block.
+struct RootOfSum {
+  static constexpr int kThreads = kBlockThreads, kPhases = 2;
+  struct Shared {
+    double sums[kThreads];
+  };
+  using Local = Nothing;
+  const double* parts;
+  int64_t count;
+  double* root;
+  template <int PHASE> FC_HOST_DEVICE void run(int64_t, int thread, Shared& shared, Local&) const {
+    if constexpr (PHASE == 0) {
+      double sum = 0;
+      for (int64_t i = thread; i < count; i += kThreads) sum += parts[i];
+      shared.sums[thread] = sum;
+    } else if (thread == 0) {
+      double sum = 0;
+      for (double part : shared.sums) sum += part;
+      *root = sqrt(sum);
+    }
+  }
+};
+
 static_assert(sizeof(UpdatePieces<AdamW<float>>) <= 4096, "arguments of a kernel");
 
 // run(T{}, group) for the parameters of each type in groups of at most kGroup.
@@ -147,39 +202,53 @@ template <class Run> void for_groups(const std::vector<Parameter>& parameters, R
 }  // namespace
 
 void sgd_step(const std::vector<Parameter>& parameters, const SgdOptions& o) {
+  const auto lr = step_numbers({o.lr});
+  if (collecting_numbers()) return;
   for_groups(parameters, [&](auto t, const Group& group) {
     using Update = Sgd<decltype(t)>;
-    launch(UpdatePieces<Update>{group, {o.lr, o.momentum, o.dampening, o.gradient_scale, o.nesterov, o.first}},
-           group.blocks);
+    const Factor scale{o.gradient_scale, o.scale_place};
+    launch(UpdatePieces<Update>{group, {lr, scale, o.momentum, o.dampening, o.nesterov, o.first}}, group.blocks);
   });
 }
 
 void adamw_step(const std::vector<Parameter>& parameters, const AdamWOptions& o) {
   const double step = static_cast<double>(o.step);
   const double bias1 = 1 - std::pow(o.beta1, step), bias2 = 1 - std::pow(o.beta2, step);
+  const auto numbers = step_numbers({o.lr, bias1, 1 / std::sqrt(bias2)});
+  if (collecting_numbers()) return;
   for_groups(parameters, [&](auto t, const Group& group) {
     using Update = AdamW<decltype(t)>;
-    launch(UpdatePieces<Update>{group, {o.lr, o.beta1, o.beta2, o.eps, o.gradient_scale, bias1, 1 / std::sqrt(bias2)}},
-           group.blocks);
+    const Factor scale{o.gradient_scale, o.scale_place};
+    launch(UpdatePieces<Update>{group, {numbers, scale, o.beta1, o.beta2, o.eps}}, group.blocks);
   });
+}
+
+void store_gradient_norm(const std::vector<Parameter>& parameters, double* norm) {
+  int64_t count = 0;
+  for (const Parameter& p : parameters) count += ceil_divide(p.n, kPieceElements);
+  const Buffer sums(count * sizeof(double));
+  int64_t first = 0;
+  for_groups(parameters, [&](auto t, const Group& group) {
+    launch(SquarePieces<decltype(t)>{group, sums.as<double>() + first}, group.blocks);
+    first += group.blocks;
+  });
+  launch(RootOfSum{sums.as<double>(), count, norm}, 1);
 }
 
 double gradient_norm(const std::vector<Parameter>& parameters) {
-  double total = 0;
-  for_groups(parameters, [&](auto t, const Group& group) {
-    const Buffer sums(group.blocks * sizeof(double));
-    launch(SquarePieces<decltype(t)>{group, sums.as<double>()}, group.blocks);
-    std::vector<double> host(group.blocks);
-    copy_bytes(host.data(), sums.as<void>(), group.blocks * sizeof(double), Copy::kToHost);
-    for (double sum : host) total += sum;
-  });
-  return std::sqrt(total);
+  const Buffer norm(sizeof(double));
+  store_gradient_norm(parameters, norm.as<double>());
+  double result = 0;
+  copy_bytes(&result, norm.as<double>(), sizeof(result), Copy::kToHost);
+  return result;
 }
 
 void move_towards(const std::vector<Parameter>& parameters, double share) {
+  const auto numbers = step_numbers({share});
+  if (collecting_numbers()) return;
   for_groups(parameters, [&](auto t, const Group& group) {
     using Update = MoveTowards<decltype(t)>;
-    launch(UpdatePieces<Update>{group, {share}}, group.blocks);
+    launch(UpdatePieces<Update>{group, {numbers}}, group.blocks);
   });
 }
 

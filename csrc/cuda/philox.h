@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/scalar.h"
+#include "cuda/step_numbers.h"
 
 namespace fastconv::cuda {
 
@@ -31,15 +32,18 @@ FC_INLINE uint32_t random_word(uint64_t seed, uint64_t index) {
 // An element is dropped where its random word lies below the threshold, and scaled otherwise.
 struct DropRule {
   uint64_t seed, offset;
+  const uint64_t* added;  // to seed and offset, in a graph; or null
   uint32_t threshold;
   double scale;
   bool all;  // p rounds to 1: everything is dropped
+  FC_INLINE uint64_t seed_now() const { return added ? seed + added[0] : seed; }
+  FC_INLINE uint64_t offset_now() const { return added ? offset + added[1] : offset; }
 };
 inline DropRule drop_rule(double p, uint64_t seed, uint64_t offset) {
   constexpr double kWords = 4294967296.0;  // 2^32 values of a random word
   const double threshold = p * kWords + 0.5;
   const bool all = threshold >= kWords;
-  return {seed, offset, all ? 0 : static_cast<uint32_t>(threshold), all ? 0 : 1 / (1 - p), all};
+  return {seed, offset, random_place(), all ? 0 : static_cast<uint32_t>(threshold), all ? 0 : 1 / (1 - p), all};
 }
 
 }  // namespace fastconv::cuda

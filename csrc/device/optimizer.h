@@ -20,6 +20,7 @@ struct Parameter {
 struct SgdOptions {
   double lr, momentum, dampening, gradient_scale;
   bool nesterov, first;
+  const double* scale_place = nullptr;  // of a CUDA device: where gradient_scale is found instead; see step_numbers.h
 };
 // PyTorch's SGD; state[0] is the momentum buffer, null without momentum.
 void sgd_step(const std::vector<Parameter>&, const SgdOptions&);
@@ -27,6 +28,7 @@ void sgd_step(const std::vector<Parameter>&, const SgdOptions&);
 struct AdamWOptions {
   int64_t step;  // from 1
   double lr, beta1, beta2, eps, gradient_scale;
+  const double* scale_place = nullptr;  // as of SGD
 };
 // AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2); state: first and second moment.
 void adamw_step(const std::vector<Parameter>&, const AdamWOptions&);

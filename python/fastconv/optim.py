@@ -74,17 +74,18 @@ class Optimizer:
         """ValueError when a setting of the group is out of range."""
         raise NotImplementedError
 
-    def step(self, gradient_scale: float = 1.0) -> None:
+    def step(self, gradient_scale: float | Array = 1.0) -> None:
         """Updates every parameter that has a gradient, in place.
 
-        gradient_scale  a factor on all gradients, applied in the same pass
+        gradient_scale  a factor on all gradients, applied in the same pass; on a CUDA device also
+                        an array of one float64 there, which changes nothing where it is NaN
         """
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
                 self._update(group, params, gradient_scale)
 
-    def _update(self, group: Group, params: list[Tensor], gradient_scale: float) -> None:
+    def _update(self, group: Group, params: list[Tensor], gradient_scale: float | Array) -> None:
         raise NotImplementedError
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -255,7 +256,7 @@ class SGD(Optimizer):
                 f"momentum={group['momentum']}, dampening={group['dampening']}"
             )
 
-    def _update(self, group: Group, params: list[Tensor], gradient_scale: float) -> None:
+    def _update(self, group: Group, params: list[Tensor], gradient_scale: float | Array) -> None:
         settings = {key: value for key, value in group.items() if key in self.defaults}
         settings["gradient_scale"] = gradient_scale
         if group["momentum"] == 0:
@@ -294,7 +295,7 @@ class AdamW(Optimizer):
         if len(group["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in group["betas"]):
             raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
 
-    def _update(self, group: Group, params: list[Tensor], gradient_scale: float) -> None:
+    def _update(self, group: Group, params: list[Tensor], gradient_scale: float | Array) -> None:
         by_step: dict[
             int, list[Tensor]
         ] = {}  # parameters that got their first gradient later lag behind

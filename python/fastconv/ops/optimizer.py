@@ -9,9 +9,11 @@ dtypes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from .. import cuda
 from ._arrays import Array, integer, kernels, operand
 from ._inplace import writable
 
@@ -30,6 +32,10 @@ def _per_parameter(value: float | Sequence[float], count: int) -> list[float]:
     return [float(value)] * count
 
 
+def _factor(gradient_scale: float | Array) -> Any:
+    return gradient_scale if cuda.is_device_array(gradient_scale) else float(gradient_scale)
+
+
 def sgd_step(
     params: Sequence[Array],
     grads: Sequence[Array | None],
@@ -41,7 +47,7 @@ def sgd_step(
     weight_decay: float | Sequence[float],
     nesterov: bool,
     first: bool,
-    gradient_scale: float = 1.0,
+    gradient_scale: float | Array = 1.0,
 ) -> None:
     """Stochastic gradient descent as torch.optim.SGD.
 
@@ -52,7 +58,8 @@ def sgd_step(
         momenta: the buffers m, or None for p -= lr d.
         weight_decay: one number, or one a parameter.
         first: this is the first step of these parameters, which sets m = d.
-        gradient_scale: the factor of a clipped or summed gradient.
+        gradient_scale: the factor of a clipped or summed gradient. On a CUDA device also an array of
+            one float64 there, which the kernel reads; where that is NaN, nothing is changed.
     """
     kernels.sgd_step(
         _all_writable(params, "parameter"),
@@ -64,7 +71,7 @@ def sgd_step(
         _per_parameter(weight_decay, len(params)),
         bool(nesterov),
         bool(first),
-        float(gradient_scale),
+        _factor(gradient_scale),
     )
 
 
@@ -80,7 +87,7 @@ def adamw_step(
     beta2: float,
     eps: float,
     weight_decay: float | Sequence[float],
-    gradient_scale: float = 1.0,
+    gradient_scale: float | Array = 1.0,
 ) -> None:
     """AdamW as torch.optim.AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2).
 
@@ -91,6 +98,7 @@ def adamw_step(
     Args:
         exp_avg, exp_avg_sq: m and v. step: number of this step, from 1.
         weight_decay: one number, or one a parameter.
+        gradient_scale: as in :func:`sgd_step`.
     """
     kernels.adamw_step(
         _all_writable(params, "parameter"),
@@ -103,7 +111,7 @@ def adamw_step(
         float(beta2),
         float(eps),
         _per_parameter(weight_decay, len(params)),
-        float(gradient_scale),
+        _factor(gradient_scale),
     )
 
 

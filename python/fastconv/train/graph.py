@@ -1,0 +1,236 @@
+"""Training steps on a CUDA device as one graph.
+
+A step of a small network is hundreds of short kernels, and starting each of them takes longer than
+running it. So forward, loss, backward, clipping, update and averaging are recorded once and started
+as one. All arrays keep their addresses. What changes from step to step - learning rates, AdamW's
+corrections, the averaging factor, where the random numbers stand - lies in device memory and is
+written before each replay; the same code computes it as for a single step, with the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastconv import cuda, nn, optim
+from fastconv.init import Share, default_generator
+from fastconv.tensor import Array, Tensor
+from fastconv.train.ema import EMA
+from fastconv.train.step import Step, training_loss
+
+_HISTORY = 64  # steps whose figures may wait on the device
+
+
+@functools.cache
+def _recording_stream() -> int:
+    """A graph cannot be recorded on the default stream; it is replayed on the current one."""
+    stream: int = cuda.kernels().make_stream()
+    return stream
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Why a step of this model cannot be one graph; None where it can."""
+    if model.device != "cuda":
+        return "the model is not on a CUDA device"
+    for name, module in model.named_modules():
+        if getattr(module, "momentum", 0.0) is None and module.training:
+            return f"{name} takes the plain average of all batches, another factor in each step"
+    return None
+
+
+class GraphedStep:
+    """`train_step`, and the update of averaged weights, for batches of one size.
+
+    model      on a CUDA device, in the mode that it stays in
+    shares     the micro-batches of a batch: see `train_step`
+    clip_norm  scale the gradients so that their common L2 norm is at most this
+    ema        averages to update
+    arrays     makes the images [N, C, H, W] and labels [N] on the device from the arrays of a
+               batch there; it is part of the graph. By default a batch is these two
+
+    Labels must be classes of the model: a graph cannot stop to look at them. The first step runs as
+    single operations, the second is recorded. A step whose loss or clipped norm is not finite leaves
+    the weights alone; `read` shows it. Where recording fails, `obstacle` says why, and all steps run
+    as single operations. Parameters and the optimiser's state stay where they are:
+    after loading others, make a new GraphedStep.
+
+    Raises ValueError for a model of which `why_not` says so.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        label_smoothing: float = 0.0,
+        *,
+        shares: Sequence[Share],
+        clip_norm: float | None = None,
+        ema: EMA | None = None,
+        arrays: Callable[..., tuple[Array, Array]] = lambda x, y: (x, y),
+    ) -> None:
+        reason = why_not(model)
+        if reason is not None:
+            raise ValueError(f"no graph of this step: {reason}")
+        kernels = cuda.kernels()
+        self._model, self._optimizer, self._ema = model, optimizer, ema
+        self._label_smoothing, self._clip_norm = label_smoothing, clip_norm
+        self._shares, self._arrays = list(shares), arrays
+        self.obstacle: str | None = None  # why the step could not be recorded
+        self._staged: list[Any] = []  # the arrays of a batch, at fixed addresses
+        self._figures = kernels.full([4], 0.0, "float64")  # loss, correct, norm, factor
+        self._history = kernels.full([_HISTORY, 4], 0.0, "float64")
+        self._waiting = 0  # rows of it
+        self._steps: list[Step] = []
+        self._numbers = kernels.StepNumbers()
+        self._graph: Any = None
+        self._fixed: list[Any] = []
+        self._gradients: list[tuple[Tensor, Array | None]] = []
+        self._counters: list[tuple[Array, Array]] = []
+        self._draws = 0  # random numbers of a step
+
+    def __call__(self, *batch: Array) -> None:
+        """Starts a step on the arrays of a batch, numpy's or the device's; does not wait for it."""
+        if not self._staged:
+            self._staged = [cuda.array(array).copy() for array in batch]
+            self._work()
+        else:
+            self._stage(batch)
+            if self._graph is not None:
+                self._advance()
+                self._graph.replay()
+            elif self.obstacle is None and self._record():
+                self._graph.replay()
+            else:
+                self._work()
+        self._history[self._waiting] = self._figures
+        self._waiting += 1
+        if self._waiting == _HISTORY:
+            self._fetch()
+
+    def read(self) -> list[Step]:
+        """The figures of all steps since the last call; waits for them."""
+        self._fetch()
+        steps, self._steps = self._steps, []
+        return steps
+
+    def _fetch(self) -> None:
+        rows = self._history[: self._waiting].numpy().tolist() if self._waiting else []
+        for loss, correct, norm, _ in rows:
+            self._steps.append(Step(loss, int(correct), norm if self._clip_norm else None))
+        self._waiting = 0
+
+    def _stage(self, batch: Sequence[Array]) -> None:
+        for staged, array in zip(self._staged, batch, strict=True):
+            if staged.shape != array.shape:
+                raise ValueError(
+                    f"a graph takes arrays of shape {staged.shape} alone, got {array.shape}"
+                )
+            staged[...] = cuda.array(array)
+
+    def _work(self) -> None:
+        """The step itself, as single operations; recorded or not."""
+        kernels = cuda.kernels()
+        self._optimizer.zero_grad()
+        self._figures[...] = 0.0
+        x, y = self._arrays(*self._staged)
+        total = sum(share.total for share in self._shares)
+        first = 0
+        for share in self._shares:
+            part = slice(first, first + share.stop - share.start)
+            first = part.stop
+            with default_generator.batch_share(share):
+                logits, loss = training_loss(
+                    self._model(Tensor(x[part])), y[part], self._label_smoothing
+                )
+            weight = (part.stop - part.start) / total
+            kernels.add_figures(self._figures, loss.data, weight, logits.data, y[part])
+            loss.backward(kernels.full([], weight, cuda.dtype_name(loss.dtype)))
+        if self._clip_norm is not None:
+            gradients = [p.grad for p in self._parameters() if p.grad is not None]
+            kernels.store_gradient_norm(gradients, self._figures[2])
+        kernels.judge(self._figures, math.inf if self._clip_norm is None else self._clip_norm)
+        self._update()
+
+    def _update(self) -> None:
+        self._optimizer.step(self._figures[3])
+        if self._ema is not None:
+            self._ema.update(self._model)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _memory(self) -> list[Any]:
+        """The arrays whose addresses are part of the graph and that others might replace."""
+        states = (self._optimizer.state.get(p, {}).values() for p in self._parameters())
+        return [
+            *(p.data for p in self._parameters()),
+            *(value for state in states for value in state if cuda.is_device_array(value)),
+        ]
+
+    def _record(self) -> bool:
+        """Whether the step could be recorded. What the host counts has been counted for it then."""
+        graph = cuda.kernels().Graph()
+        counters = [b for _, b in self._model.named_buffers() if isinstance(b, np.ndarray)]
+        before = [counter.copy() for counter in counters]
+        seed, offset = default_generator.state()
+        try:
+            self._draws = self._capture(graph)
+        except RuntimeError as error:  # something waits for the device
+            self.obstacle = str(error)
+            for counter, old in zip(counters, before, strict=True):
+                counter[...] = old
+            default_generator.set_state((seed, offset))
+            return False
+        default_generator.set_state((seed, offset))
+        self._graph = graph
+        self._fixed = self._memory()
+        self._gradients = [(p, p.grad) for p in self._parameters()]
+        self._counters = [(new, new - old) for new, old in zip(counters, before, strict=True)]
+        self._numbers.upload(*default_generator.reserve(self._draws))
+        return True
+
+    def _capture(self, graph: Any) -> int:
+        """Records the step into the graph; how many random numbers it draws."""
+        cuda.empty_cache()  # a graph has memory of its own: that of the first step is not used again
+        default_generator.set_state((0, 0))  # it counts from there, and adds the real state
+        with cuda.stream(_recording_stream()):
+            self._numbers.record()
+            graph.begin()
+            try:
+                self._work()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # the recording may be broken
+                    graph.end()
+                raise
+            finally:
+                self._numbers.done()
+            graph.end()
+        return default_generator.state()[1]
+
+    def _advance(self) -> None:
+        """What the host does for a step: counting, and the numbers that the kernels will read."""
+        memory = self._memory()
+        if len(memory) != len(self._fixed) or any(map(_differ, memory, self._fixed)):
+            raise RuntimeError(
+                "the arrays of parameters or of the optimiser's state were replaced since the step "
+                "was recorded: make a new GraphedStep"
+            )
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        for counter, change in self._counters:
+            counter += change
+        self._numbers.collect()
+        try:
+            self._update()  # whose kernels are not started
+        finally:
+            self._numbers.done()
+        self._numbers.upload(*default_generator.reserve(self._draws))
+
+
+def _differ(a: Any, b: Any) -> bool:
+    return a is not b
