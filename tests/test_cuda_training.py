@@ -5,7 +5,9 @@ The yardstick is the bits of single operations, and of the CPU's loader.
 
 from __future__ import annotations
 
-import copy
+import dataclasses
+import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from fastconv.init import Share
 from fastconv.tensor import Tensor
 from fastconv.train import EMA, TrainConfig, TrainingError
 from fastconv.train.graph import GraphedStep
+from fastconv.train.progress import Progress
 from fastconv.train.step import Step, train_step
 
 pytestmark = pytest.mark.skipif(not cuda.is_available(), reason="no CUDA device here")
@@ -120,3 +123,193 @@ def test_a_graph_has_the_bits_of_single_operations(optimizer, shares):
     found += graphed.graphed(given[5:], graph)
     assert found == expected
     assert_same(graphed.state(), state)
+
+
+def test_a_graph_has_a_fixed_place_and_goes_on_after_loading_a_checkpoint():
+    """What is allocated afterwards does not touch it; a copied state ends with the same bits."""
+    shares, given = [Share(0, BATCH, BATCH)], batches(6)
+    whole, stopped, resumed = Run(), Run(), Run()
+    fc.manual_seed(3)
+    steps = whole.graphed(given, whole.graph(shares))
+    fc.manual_seed(3)
+    first = stopped.graphed(given[:3], stopped.graph(shares))
+    random = nn.get_rng_state()
+    resumed.model.load_state_dict(stopped.model.state_dict())
+    resumed.ema.model.load_state_dict(stopped.ema.model.state_dict())
+    resumed.ema.updates = stopped.ema.updates
+    resumed.optimizer.load_state_dict(stopped.optimizer.state_dict())
+    resumed.schedule.load_state_dict(stopped.schedule.state_dict())
+    graph = resumed.graph(shares)
+    nn.set_rng_state(random)
+    rest = []
+    for batch in given[3:]:
+        rest += resumed.graphed([batch], graph)
+        for size in (64, 384, 1024, 4096, 9000):  # whatever the graph uses, these are not its own
+            cuda.array(np.full(size, np.nan, np.float32))
+    assert first + rest == steps
+    assert_same(resumed.state(), whole.state())
+
+
+def test_a_step_that_is_not_finite_leaves_the_weights_alone():
+    run, shares = Run(), [Share(0, BATCH, BATCH)]
+    graph, given = run.graph(shares), batches(4)
+    run.graphed(given[:3], graph)
+    before = run.state()
+    x, y = given[3]
+    x[2, 0, 1, 1] = np.nan
+    (step,) = run.graphed([(x, y)], graph)
+    with pytest.raises(TrainingError, match="loss is nan"):
+        step.check_finite()
+    after = run.state()
+    for name, value in before.items():
+        if name.endswith(("weight", "bias", "exp_avg", "exp_avg_sq")) and "ema" not in name:
+            np.testing.assert_array_equal(after[name], value, err_msg=name)
+
+
+def test_what_cannot_be_recorded_says_so():
+    shares, given = [Share(0, BATCH, BATCH)], batches(3)
+    run = Run()
+    run.model.norm.momentum = None
+    with pytest.raises(ValueError, match="norm takes the plain average"):
+        run.graph(shares)
+
+    class Looks(Net):
+        def forward(self, x: Any) -> Tensor:
+            y = super().forward(x)
+            assert y.data.sum().item() < 1e9  # waits for the device
+            return y
+
+    eager, graphed = Run(), Run()
+    for one in (eager, graphed):
+        one.model.__class__ = Looks
+    fc.manual_seed(3)
+    expected = eager.eager(given, shares)
+    fc.manual_seed(3)
+    graph = graphed.graph(shares)
+    for x, y in given:
+        graph(x, y)
+        graphed.schedule.step()
+    assert graph.obstacle is not None and "recorded" in graph.obstacle
+    assert graph.read() == expected
+    assert_same(graphed.state(), eager.state())
+
+
+def test_replaced_arrays_are_noticed():
+    run, shares = Run(), [Share(0, BATCH, BATCH)]
+    graph = run.graph(shares)
+    run.graphed(batches(2), graph)
+    with pytest.raises(ValueError, match=r"shape .* alone"):
+        graph(*(array[:3] for array in batches(1)[0]))
+    run.optimizer.load_state_dict(run.optimizer.state_dict())
+    with pytest.raises(RuntimeError, match="make a new GraphedStep"):
+        graph(*batches(1)[0])
+
+
+@pytest.mark.parametrize("augmentation", [Augmentation(), Augmentation(2, True), Augmentation(1)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resident_images_make_the_batches_of_the_loader(augmentation, channels):
+    images = RNG.integers(0, 256, (23, 9, 7, channels), np.uint8)
+    dataset = data.Dataset(images, RNG.integers(0, 5, 23), tuple("abcde"))
+    loader = data.DataLoader(
+        dataset,
+        8,
+        shuffle=True,
+        seed=5,
+        augmentation=augmentation,
+        mean=[0.4, 0.5, 0.3][:channels],
+        std=[0.2, 0.3, 0.7][:channels],
+    )
+    resident = data.ResidentLoader(loader)
+    for epoch, start in ((0, 0), (3, 1)):
+        expected = list(loader.batches(epoch, start))
+        found = list(resident.batches(epoch, start))
+        assert len(found) == len(expected) == 3 - start
+        for (picks,), (x, y) in zip(found, expected, strict=True):
+            pixels, labels = resident.arrays(cuda.array(picks))
+            assert pixels.strides == x.strides
+            np.testing.assert_array_equal(pixels.numpy().view(np.uint32), x.view(np.uint32))
+            np.testing.assert_array_equal(labels.numpy(), y)
+    half = data.ResidentLoader(loader, "bfloat16").arrays(cuda.array(picks))[0]
+    np.testing.assert_array_equal(half.numpy(), cuda.cast(pixels, "bfloat16").numpy())
+
+
+def test_what_cannot_stay_on_the_device_says_so():
+    dataset = data.Dataset(np.zeros((4, 5, 5, 1), np.uint8), np.zeros(4, np.int64), ("a",))
+    loader = data.DataLoader(dataset, 2, augmentation=Augmentation(rotation=3.0))
+    with pytest.raises(ValueError, match="no other augmentation"):
+        data.ResidentLoader(loader)
+
+
+class Quiet(Progress):
+    """Keeps what it is told, and is killed at a step."""
+
+    def __init__(self, last: int = 10**9) -> None:
+        self.last, self.steps = last, 0
+        self.messages: list[str] = []
+
+    def step(self, loss: float, accuracy: float, speed: float | None) -> None:
+        self.steps += 1
+        if self.steps == self.last:
+            raise InterruptedError
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with 14 and 5 small images in MNIST's format."""
+    folder = tmp_path_factory.mktemp("shapes")
+    for prefix, count in (("train", 14), ("t10k", 5)):
+        pixels = RNG.integers(0, 256, (count, 16, 16), np.uint8).tobytes()
+        labels = RNG.integers(0, 10, count).astype(np.uint8).tobytes()
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4I", 0x803, count, 16, 16) + pixels
+        )
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">2I", 0x801, count) + labels
+        )
+    return str(folder)
+
+
+def config(folder: str, **options: Any) -> TrainConfig:
+    """Two epochs of three full batches and a smaller one."""
+    settings: dict[str, Any] = {
+        "model": "smallcnn", "data": "mnist", "data_dir": folder, "batch_size": 4, "epochs": 2,
+        "device": "cuda", "clip_norm": 1.0, "ema": 0.9, "warmup_steps": 2, "log_every": 3,
+        "checkpoint_every": 3,
+    }  # fmt: skip
+    return TrainConfig(**{**settings, **options})
+
+
+def outcome(folder: Path) -> list[Any]:
+    """What a run left behind, without its speed."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figures = [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    return [figures, (folder / "last.safetensors").read_bytes()]
+
+
+def test_a_run_of_graphs_ends_with_the_bits_of_single_operations(shapes, tmp_path):
+    pytest.importorskip("safetensors")
+    progress = Quiet()
+    train.train(config(shapes), tmp_path / "graph", progress=progress)
+    assert progress.steps == 8 and not any("operations" in m for m in progress.messages)
+    train.train(config(shapes, graph=False), tmp_path / "single", progress=Quiet())
+    assert outcome(tmp_path / "graph") == outcome(tmp_path / "single")
+    with pytest.raises(InterruptedError):
+        train.train(config(shapes), tmp_path / "killed", progress=Quiet(last=5))
+    train.resume(tmp_path / "killed", progress=Quiet())
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "graph")
+
+
+def test_a_run_says_why_batches_are_made_by_the_cpu_and_where_it_failed(shapes, tmp_path):
+    progress = Quiet()
+    settings = {"model": "lenet5", "ema": 0.0, "clip_norm": None, "warmup_steps": 0}
+    train.train(config(shapes, rotation=5.0, epochs=1, **settings), progress=progress)
+    assert any("made by the CPU" in m for m in progress.messages)
+    run = config(shapes, optimizer="sgd", lr=1e30, log_every=50, **settings)
+    with pytest.raises(TrainingError) as single:
+        train.train(dataclasses.replace(run, graph=False))
+    with pytest.raises(TrainingError) as graph:
+        train.train(run)
+    assert str(graph.value) == str(single.value) and "step 3" in str(graph.value)

@@ -108,13 +108,27 @@ class Augmentation:
                 if not 0 <= value <= high:  # NaN lies nowhere
                     raise ValueError(f"{name} must lie between 0 and {high}, got {value}")
 
+    @property
+    def only_moves(self) -> bool:
+        """Whether images are cropped and mirrored at most, and their bytes stay as they are."""
+        return self == Augmentation(crop_padding=self.crop_padding, flip=self.flip)
+
+    def places(self, draws: Draws) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Top and left [B] of each image's crop in the padded image."""
+        count = 2 * self.crop_padding + 1
+        return draws.below(TOP, count), draws.below(LEFT, count)
+
+    def mirrored(self, draws: Draws) -> NDArray[np.bool_]:
+        """Which images [B] are mirrored."""
+        return (draws.bits(FLIP) >> np.uint64(63) == 1) & self.flip
+
     def apply(self, images: NDArray[Any], draws: Draws) -> NDArray[Any]:
         """Everything but the cutout, on uint8 [B, H, W, C]; float32 in 0..255 where needed."""
         if self.crop_padding:
-            images = _crop(images, self.crop_padding, draws)
+            images = _crop(images, self.crop_padding, *self.places(draws))
         if self.flip:
-            mirrored = draws.bits(FLIP) >> np.uint64(63) == 1
-            images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+            mirrored = self.mirrored(draws)[:, None, None, None]
+            images = np.where(mirrored, images[:, :, ::-1], images)
         if self.resized_crop:
             images = _resized_crop(images, self.resized_crop, draws)
         if self.rotation or self.zoom:
@@ -154,11 +168,10 @@ class Augmentation:
         return pixels
 
 
-def _crop(images: Bytes, padding: int, draws: Draws) -> Bytes:
+def _crop(images: Bytes, padding: int, top: NDArray[np.int64], left: NDArray[np.int64]) -> Bytes:
     count, height, width, channels = images.shape
     padded = np.zeros((count, height + 2 * padding, width + 2 * padding, channels), np.uint8)
     padded[:, padding:-padding, padding:-padding] = images
-    top, left = (draws.below(purpose, 2 * padding + 1) for purpose in (TOP, LEFT))
     windows = sliding_window_view(padded, images.shape[1:], axis=(1, 2, 3))
     return windows[np.arange(count), top, left, 0]
 

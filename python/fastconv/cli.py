@@ -161,6 +161,7 @@ _TRAIN_OPTIONS: dict[str, tuple[tuple[str, Any, str], ...]] = {
     "run": (
         ("seed", int, "of weights, order, augmentation and dropout (0)"),
         ("device", str, "cpu or cuda (cpu)"),
+        ("graph", bool, "on cuda, start a step as one graph; no influence on the result (yes)"),
         ("threads", int, "no influence on the result (all cores)"),
         ("workers", int, "threads that prepare batches (2)"),
         ("prefetch", int, "batches prepared ahead (2)"),

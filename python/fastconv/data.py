@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastconv import cuda
 from fastconv.augment import ORDER, Augmentation, Draws
 from fastconv.init import Share
 
@@ -28,6 +29,7 @@ __all__ = [
     "NAMES",
     "DataLoader",
     "Dataset",
+    "ResidentLoader",
     "channel_statistics",
     "cifar10",
     "cifar100",
@@ -524,11 +526,7 @@ class DataLoader:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _batch(self, order: NDArray[np.int64], epoch: int, number: int) -> Batch:
-        own = [
-            number * self.batch_size + i * self.micro_batch + np.arange(share.start, share.stop)
-            for i, share in enumerate(self.shares(number))
-        ]
-        indices = order[np.concatenate(own)]
+        indices = self.indices(order, number)
         draws = Draws(self.seed, epoch, indices)
         images = self.augmentation.apply(self.dataset.images[indices], draws)
         rows = images.reshape(len(images), len(self._scale)).astype(np.float32)
@@ -537,3 +535,79 @@ class DataLoader:
         pixels = rows.reshape(images.shape)
         self.augmentation.cut(pixels, draws)
         return pixels.transpose(0, 3, 1, 2), self.dataset.labels[indices]
+
+    def indices(self, order: NDArray[np.int64], number: int) -> NDArray[np.int64]:
+        """Of the images in this process's part of batch `number`."""
+        own = [
+            number * self.batch_size + i * self.micro_batch + np.arange(share.start, share.stop)
+            for i, share in enumerate(self.shares(number))
+        ]
+        return order[np.concatenate(own)]
+
+    @property
+    def scale_and_shift(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Of each channel [C]: a normalised pixel is byte * scale + shift."""
+        channels = self.dataset.image_shape[2]
+        return self._scale[:channels], self._shift[:channels]
+
+
+class ResidentLoader:
+    """The batches of a DataLoader, made on a CUDA device from images that lie there as bytes.
+
+    A batch is one small array, `picks`; `arrays` makes of it what the loader would have made, to
+    the bit, with one kernel.
+
+    loader  crops and mirrors its images at most, and is not shared by several processes
+    dtype   of the pixels: numpy's, or "bfloat16"
+
+    Raises ValueError for a loader that `why_not` gives a reason against.
+    """
+
+    def __init__(self, loader: DataLoader, dtype: Any = np.float32) -> None:
+        reason = self.why_not(loader)
+        if reason is not None:
+            raise ValueError(f"the images cannot stay on the device: {reason}")
+        self.loader = loader
+        self._dtype = cuda.dtype_name(dtype)
+        self._images = cuda.array(np.ascontiguousarray(loader.dataset.images))
+        self._labels = cuda.array(np.ascontiguousarray(loader.dataset.labels))
+        self._scale, self._shift = map(cuda.array, loader.scale_and_shift)
+
+    @staticmethod
+    def why_not(loader: DataLoader) -> str | None:
+        """Why the images of this loader cannot stay on the device; None where they can."""
+        if not loader.augmentation.only_moves:
+            return "the kernel that makes a batch crops and mirrors, and has no other augmentation"
+        needed, free = loader.dataset.images.nbytes, int(cuda.kernels().free_memory())
+        if needed > free // 2:
+            return f"they take {needed:,} bytes, more than half of the {free:,} that are free"
+        return None
+
+    def batches(
+        self, epoch: int, start: int = 0
+    ) -> Generator[tuple[NDArray[np.int64]], None, None]:
+        """(picks,) of each batch of an epoch from number `start` on.
+
+        picks  int64 [B, 4] of each image: index, top and left of its crop in the padded image,
+               whether it is mirrored
+        """
+        order = self.loader.order(epoch)
+        for number in range(start, len(self.loader)):
+            indices = self.loader.indices(order, number)
+            draws = Draws(self.loader.seed, epoch, indices)
+            augmentation = self.loader.augmentation
+            columns = (indices, *augmentation.places(draws), augmentation.mirrored(draws))
+            yield (np.stack(columns, axis=1).astype(np.int64),)
+
+    def arrays(self, picks: Any) -> tuple[Any, Any]:
+        """Images [B, C, H, W] in channels-last memory and labels [B] of picks on the device."""
+        x, y = cuda.kernels().gather_batch(
+            self._images,
+            self._labels,
+            picks,
+            self._scale,
+            self._shift,
+            self.loader.augmentation.crop_padding,
+            self._dtype,
+        )
+        return x, y

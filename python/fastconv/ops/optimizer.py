@@ -58,8 +58,8 @@ def sgd_step(
         momenta: the buffers m, or None for p -= lr d.
         weight_decay: one number, or one a parameter.
         first: this is the first step of these parameters, which sets m = d.
-        gradient_scale: the factor of a clipped or summed gradient. On a CUDA device also an array of
-            one float64 there, which the kernel reads; where that is NaN, nothing is changed.
+        gradient_scale: the factor of a clipped or summed gradient. On a CUDA device also an array
+            of one float64 there, which the kernel reads; where it is NaN, nothing is changed.
     """
     kernels.sgd_step(
         _all_writable(params, "parameter"),

@@ -68,6 +68,7 @@ class TrainConfig:
     cutout: int = 0
     seed: int = 0
     device: str = "cpu"  # or "cuda"
+    graph: bool = True  # on a CUDA device, start a step as one graph; no influence on the bits
     threads: int | None = None  # no influence on the bits
     log_every: int = 10  # steps between two lines of metrics.jsonl
     checkpoint_every: int = 50  # steps between two checkpoints

@@ -114,7 +114,7 @@ def evaluate(
 
 def count_correct(logits: Tensor, y: NDArray[np.int64]) -> int:
     """How many of the logits [N, classes] are largest at their label y [N]."""
-    return int((logits.cpu().data.argmax(axis=1) == y).sum())
+    return int((logits.cpu().data.argmax(axis=1) == move(y, "cpu")).sum())
 
 
 def count_in_top(logits: Tensor, y: NDArray[np.int64], k: int) -> int:

@@ -53,11 +53,11 @@ class GraphedStep:
     arrays     makes the images [N, C, H, W] and labels [N] on the device from the arrays of a
                batch there; it is part of the graph. By default a batch is these two
 
-    Labels must be classes of the model: a graph cannot stop to look at them. The first step runs as
-    single operations, the second is recorded. A step whose loss or clipped norm is not finite leaves
-    the weights alone; `read` shows it. Where recording fails, `obstacle` says why, and all steps run
-    as single operations. Parameters and the optimiser's state stay where they are:
-    after loading others, make a new GraphedStep.
+    Labels must be classes of the model: a graph cannot stop to look at them. The first step runs
+    as single operations, the second is recorded. Where recording fails, `obstacle` says why, and
+    all steps run as single operations. A step whose loss or clipped norm is not finite leaves the
+    weights alone; `read` shows it. Parameters and the optimiser's state stay where they are: after
+    loading others, make a new GraphedStep.
 
     Raises ValueError for a model of which `why_not` says so.
     """
@@ -102,8 +102,9 @@ class GraphedStep:
             self._stage(batch)
             if self._graph is not None:
                 self._advance()
-                self._graph.replay()
-            elif self.obstacle is None and self._record():
+            elif self.obstacle is None:
+                self._record()
+            if self._graph is not None:
                 self._graph.replay()
             else:
                 self._work()
@@ -172,8 +173,8 @@ class GraphedStep:
             *(value for state in states for value in state if cuda.is_device_array(value)),
         ]
 
-    def _record(self) -> bool:
-        """Whether the step could be recorded. What the host counts has been counted for it then."""
+    def _record(self) -> None:
+        """Records the step and counts it on the host, or sets `obstacle`."""
         graph = cuda.kernels().Graph()
         counters = [b for _, b in self._model.named_buffers() if isinstance(b, np.ndarray)]
         before = [counter.copy() for counter in counters]
@@ -185,18 +186,17 @@ class GraphedStep:
             for counter, old in zip(counters, before, strict=True):
                 counter[...] = old
             default_generator.set_state((seed, offset))
-            return False
+            return
         default_generator.set_state((seed, offset))
         self._graph = graph
         self._fixed = self._memory()
         self._gradients = [(p, p.grad) for p in self._parameters()]
         self._counters = [(new, new - old) for new, old in zip(counters, before, strict=True)]
         self._numbers.upload(*default_generator.reserve(self._draws))
-        return True
 
     def _capture(self, graph: Any) -> int:
         """Records the step into the graph; how many random numbers it draws."""
-        cuda.empty_cache()  # a graph has memory of its own: that of the first step is not used again
+        cuda.empty_cache()  # a graph has memory of its own beside that of the first step
         default_generator.set_state((0, 0))  # it counts from there, and adds the real state
         with cuda.stream(_recording_stream()):
             self._numbers.record()

@@ -22,7 +22,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import fastconv
 from fastconv import checkpoint, distributed, nn
@@ -32,7 +32,6 @@ from fastconv.distributed import (
     SingleProcess,
     failing_together,
 )
-from fastconv.init import Share
 from fastconv.train.config import TrainConfig, load_config
 from fastconv.train.ema import EMA
 from fastconv.train.evaluation import evaluate
@@ -44,10 +43,11 @@ from fastconv.train.recipe import (
     prepare_data,
 )
 from fastconv.train.run_folder import RunFolder
-from fastconv.train.step import Step, TrainingError, train_step
+from fastconv.train.step import Step, TrainingError
+from fastconv.train.steps import Steps
 from fastconv.weights import freeze_backbone, load_pretrained, read_weights
 
-_CHANGEABLE = ("threads", "prefetch", "workers", "data_dir", "checkpoint_every")
+_CHANGEABLE = ("threads", "prefetch", "workers", "data_dir", "checkpoint_every", "graph")
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,14 @@ class Result:
         }
 
 
+class _Started(NamedTuple):
+    """A step whose figures are not known yet."""
+
+    number: int
+    images: int
+    lr: float
+
+
 @dataclass
 class _Position:
     """Where a run stands, apart from weights, optimiser and random state. Epochs count from 0."""
@@ -89,9 +97,7 @@ class _Position:
     best_epoch: int = -1
     metrics_lines: int = 0
 
-    def add_batch(self, loss: float, correct: int, images: int) -> None:
-        self.step += 1
-        self.batch += 1
+    def add_figures(self, loss: float, correct: int, images: int) -> None:
         self.images += images
         self.loss_sum += loss * images
         self.correct += correct
@@ -154,8 +160,8 @@ def resume(
              as in `train`; as many processes as the run had, which all read `out`
 
     changes  fields of TrainConfig that do not touch the result: threads, prefetch, workers,
-             data_dir, checkpoint_every. ValueError for any other, unless it is what the run has
-             anyway.
+             data_dir, checkpoint_every, graph. ValueError for any other, unless it is what the run
+             has anyway.
     """
     team = communicator or SingleProcess()
     with failing_together(team):
@@ -212,6 +218,8 @@ class _Run:
         self.schedule = create_schedule(
             config, self.optimizer, config.epochs * len(self.train_loader)
         )
+        self.steps: Steps | None = None  # made when model and optimiser are as they are to start
+        self.started: list[_Started] = []
         self.at = _Position()
         self.trained_images = 0  # by this process, and the seconds it took
         self.trained_seconds = 0.0
@@ -268,48 +276,76 @@ class _Run:
         self.model.train()
         if config.freeze_backbone:
             freeze_backbone(self.model)
+        if self.steps is None:
+            self.steps = self._make_steps()
         mark = time.perf_counter()
-        with closing(self.train_loader.batches(at.epoch, start=at.batch)) as batches:
-            for x, y in batches:
-                lr = self.schedule.rate(config.lr, self.schedule.last_epoch)
-                shares = self.train_loader.shares(at.batch)
-                images = sum(share.total for share in shares)
-                step = self._train_step(x, y, shares, lr)
-                at.add_batch(step.loss, step.correct, images)
-                now = time.perf_counter()
-                self.trained_images += images
-                self.trained_seconds += now - mark
-                mark = now
-                self.progress.step(at.loss_sum / at.images, at.correct / at.images, self._speed())
-                if at.step % config.log_every == 0:
-                    self._log_step(step, images, lr)
+        with closing(self.steps.batches(at.epoch, at.batch)) as batches:
+            for batch in batches:
+                self._start_step(batch)
                 stopping = self._is_set(interrupted)
-                if stopping or at.step % config.checkpoint_every == 0:
+                saving = stopping or at.step % config.checkpoint_every == 0
+                logging = at.step % config.log_every == 0
+                if saving or logging or not self.steps.waits or at.batch == len(self.train_loader):
+                    mark = self._settle(mark)
+                if saving:
                     self.save()
                 if stopping:
                     self.communicator.barrier()  # the end of one may be the end of all
                     raise KeyboardInterrupt
 
-    def _train_step(self, x: Any, y: Any, shares: list[Share], lr: float) -> Step:
-        config = self.config
+    def _make_steps(self) -> Steps:
+        return Steps(
+            self.config,
+            self.model,
+            self.optimizer,
+            self.ema,
+            self.gradients,
+            self.train_loader,
+            self.progress.message,
+        )
+
+    def _start_step(self, batch: tuple[Any, ...]) -> None:
+        assert self.config.lr is not None and self.steps is not None
+        at = self.at
+        shares = self.train_loader.shares(at.batch)
+        lr = self.schedule.rate(self.config.lr, self.schedule.last_epoch)
+        self.started.append(_Started(at.step + 1, sum(share.total for share in shares), lr))
         try:
-            step = train_step(
-                self.model,
-                self.optimizer,
-                x,
-                y,
-                config.label_smoothing,
-                clip_norm=config.clip_norm,
-                gradients=self.gradients,
-                shares=shares,
-            )
+            self.steps.start(batch, shares)
         except TrainingError as error:
-            where = f"epoch {self.at.epoch + 1}, step {self.at.step + 1}, learning rate {lr:g}"
-            raise TrainingError(f"{where}: {error}") from None
-        if self.ema is not None:
-            self.ema.update(self.model)
+            failed = self.started.pop()
+            self._take(self.steps.read())  # an earlier step may have failed before this one
+            raise self._located(error, failed) from None
         self.schedule.step()
-        return step
+        at.step += 1
+        at.batch += 1
+
+    def _settle(self, mark: float) -> float:
+        """Takes in the figures of all steps since the time `mark`; returns the time now."""
+        assert self.steps is not None
+        steps = self.steps.read()
+        now = time.perf_counter()
+        self.trained_images += sum(step.images for step in self.started)
+        self.trained_seconds += now - mark
+        self._take(steps)
+        return now
+
+    def _take(self, steps: list[Step]) -> None:
+        at = self.at
+        started, self.started = self.started, []
+        for which, step in zip(started, steps, strict=True):
+            try:
+                step.check_finite()
+            except TrainingError as error:
+                raise self._located(error, which) from None
+            at.add_figures(step.loss, step.correct, which.images)
+            self.progress.step(at.loss_sum / at.images, at.correct / at.images, self._speed())
+            if which.number % self.config.log_every == 0:
+                self._log_step(step, which)
+
+    def _located(self, error: TrainingError, step: _Started) -> TrainingError:
+        where = f"epoch {self.at.epoch + 1}, step {step.number}, learning rate {step.lr:g}"
+        return TrainingError(f"{where}: {error}")
 
     def _finish_epoch(self) -> None:
         """Evaluates, notes the figures, keeps the weights if they are the best, and moves on."""
@@ -391,8 +427,8 @@ class _Run:
         nn.set_rng_state(state["random"])
         self.at = _Position(**state["position"])
 
-    def _log_step(self, step: Step, images: int, lr: float) -> None:
-        figures = {"loss": step.loss, "accuracy": step.correct / images, "lr": lr}
+    def _log_step(self, step: Step, which: _Started) -> None:
+        figures = {"loss": step.loss, "accuracy": step.correct / which.images, "lr": which.lr}
         if step.gradient_norm is not None:
             figures["gradient_norm"] = step.gradient_norm
         self._log("step", **figures)

@@ -33,6 +33,17 @@ class Step(NamedTuple):
     correct: int
     gradient_norm: float | None  # before it was clipped; None where nothing clips
 
+    def check_finite(self) -> None:
+        """TrainingError where it is not: then the weights were left alone."""
+        _check_finite("loss", self.loss)
+        if self.gradient_norm is not None:
+            _check_finite("norm of the gradients", self.gradient_norm)
+
+
+def _check_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise TrainingError(f"the {name} is {value}: try a smaller learning rate")
+
 
 def train_step(
     model: nn.Module,
@@ -83,8 +94,7 @@ def train_step(
     norm, scale = None, 1.0
     if clip_norm is not None:
         norm = ops.gradient_norm([p.grad for g in optimizer.param_groups for p in g["params"]])
-        if not math.isfinite(norm):
-            raise TrainingError(f"the norm of the gradients is {norm}: try a smaller learning rate")
+        _check_finite("norm of the gradients", norm)
         scale = optim.clip_factor(norm, clip_norm)
     optimizer.step(scale)
     return Step(loss, correct, norm)
@@ -130,7 +140,6 @@ def _forward_backward(
     figures = np.array([own, count_correct(logits, y)])
     communicator.all_reduce(figures).wait()
     value, correct = figures.tolist()
-    if not math.isfinite(value):
-        raise TrainingError(f"the loss is {value}: try a smaller learning rate")
+    _check_finite("loss", value)
     loss.backward(np.full(loss.shape, share, loss.dtype))
     return value, int(correct)
