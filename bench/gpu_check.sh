@@ -38,10 +38,10 @@ export python mode build
 
 tests="tests/test_conv2d.py tests/test_conv_transpose2d.py tests/test_pool2d.py tests/test_batch_norm.py
   tests/test_response_norm.py tests/test_channels.py tests/test_activation.py tests/test_linear.py tests/test_loss.py
-  tests/test_dropout.py tests/test_cuda.py tests/test_cuda_conv2d.py"
+  tests/test_dropout.py tests/test_cuda.py tests/test_cuda_conv2d.py tests/test_cuda_training.py"
 parallel=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 4")
 few="graph or training or arithmetic or autocast"
-[ "$mode" = EMULATED ] && tests="tests/test_cuda.py tests/test_linear.py tests/test_loss.py"
+[ "$mode" = EMULATED ] && tests="tests/test_cuda.py tests/test_cuda_training.py tests/test_linear.py tests/test_loss.py"
 
 step 200 build bash -c build_extensions || { echo "no build, no checks: see $out/build.log"; tail -n 30 "$out/build.log"; exit 1; }
 step 20 device "$python" -c 'from fastconv import cuda; import json; print(json.dumps(cuda.device_info()))'

@@ -20,8 +20,7 @@ from fastconv import functional as F
 from fastconv.augment import Augmentation
 from fastconv.init import Share
 from fastconv.tensor import Tensor
-from fastconv.train import EMA, TrainConfig, TrainingError
-from fastconv.train.graph import GraphedStep
+from fastconv.train import EMA, GraphedStep, TrainConfig, TrainingError
 from fastconv.train.progress import Progress
 from fastconv.train.step import Step, train_step
 
@@ -120,9 +119,22 @@ def test_a_graph_has_the_bits_of_single_operations(optimizer, shares):
     graph = graphed.graph(shares)
     found = graphed.graphed(given[:4], graph)
     found += graphed.eager(given[4:5], shares)  # as the last batch of an epoch
+    graphed.optimizer.zero_grad()
     found += graphed.graphed(given[5:], graph)
     assert found == expected
     assert_same(graphed.state(), state)
+
+
+def test_autocast_holds_for_a_graph():
+    shares, given = [Share(0, BATCH, BATCH)], batches(3)
+    eager, graphed = Run(), Run()
+    with cuda.autocast("bfloat16"):
+        fc.manual_seed(3)
+        expected = eager.eager(given, shares)
+        fc.manual_seed(3)
+        found = graphed.graphed(given, graphed.graph(shares))
+    assert found == expected
+    assert_same(graphed.state(), eager.state())
 
 
 def test_a_graph_has_a_fixed_place_and_goes_on_after_loading_a_checkpoint():
@@ -194,12 +206,19 @@ def test_what_cannot_be_recorded_says_so():
     assert_same(graphed.state(), eager.state())
 
 
-def test_replaced_arrays_are_noticed():
+def test_what_a_graph_cannot_take_is_noticed():
     run, shares = Run(), [Share(0, BATCH, BATCH)]
     graph = run.graph(shares)
     run.graphed(batches(2), graph)
     with pytest.raises(ValueError, match=r"shape .* alone"):
         graph(*(array[:3] for array in batches(1)[0]))
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 4\), got 0 to 4"):
+        graph(batches(1)[0][0], np.array([0, 1, 2, 3, 4, 0]))
+    run.optimizer.param_groups[0]["weight_decay"] = 0.5
+    with pytest.raises(RuntimeError, match="settings"):
+        graph(*batches(1)[0])
+    run.optimizer.param_groups[0]["weight_decay"] = 0.01
+    run.graphed(batches(1), graph)
     run.optimizer.load_state_dict(run.optimizer.state_dict())
     with pytest.raises(RuntimeError, match="make a new GraphedStep"):
         graph(*batches(1)[0])

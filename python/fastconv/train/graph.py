@@ -53,10 +53,11 @@ class GraphedStep:
     arrays     makes the images [N, C, H, W] and labels [N] on the device from the arrays of a
                batch there; it is part of the graph. By default a batch is these two
 
-    Labels must be classes of the model: a graph cannot stop to look at them. The first step runs
-    as single operations, the second is recorded. Where recording fails, `obstacle` says why, and
-    all steps run as single operations. A step whose loss or clipped norm is not finite leaves the
-    weights alone; `read` shows it. Parameters and the optimiser's state stay where they are: after
+    Labels must be classes of the model; those that lie on the device are not checked, because a
+    graph cannot stop to look at them. The first step runs as single operations, the second is
+    recorded. Where recording fails, `obstacle` says why, and all steps run as single operations. A
+    step whose loss or clipped norm is not finite leaves the weights alone; `read` shows it.
+    Parameters, the optimiser's state and its settings but the learning rate stay as they are: after
     loading others, make a new GraphedStep.
 
     Raises ValueError for a model of which `why_not` says so.
@@ -71,7 +72,7 @@ class GraphedStep:
         shares: Sequence[Share],
         clip_norm: float | None = None,
         ema: EMA | None = None,
-        arrays: Callable[..., tuple[Array, Array]] = lambda x, y: (x, y),
+        arrays: Callable[..., tuple[Array, Array]] | None = None,
     ) -> None:
         reason = why_not(model)
         if reason is not None:
@@ -80,6 +81,7 @@ class GraphedStep:
         self._model, self._optimizer, self._ema = model, optimizer, ema
         self._label_smoothing, self._clip_norm = label_smoothing, clip_norm
         self._shares, self._arrays = list(shares), arrays
+        self._classes = 0
         self.obstacle: str | None = None  # why the step could not be recorded
         self._staged: list[Any] = []  # the arrays of a batch, at fixed addresses
         self._figures = kernels.full([4], 0.0, "float64")  # loss, correct, norm, factor
@@ -126,6 +128,10 @@ class GraphedStep:
         self._waiting = 0
 
     def _stage(self, batch: Sequence[Array]) -> None:
+        if self._arrays is None and isinstance(batch[1], np.ndarray):
+            low, high = batch[1].min(), batch[1].max()
+            if not 0 <= low <= high < self._classes:
+                raise ValueError(f"labels must lie in [0, {self._classes}), got {low} to {high}")
         for staged, array in zip(self._staged, batch, strict=True):
             if staged.shape != array.shape:
                 raise ValueError(
@@ -138,7 +144,7 @@ class GraphedStep:
         kernels = cuda.kernels()
         self._optimizer.zero_grad()
         self._figures[...] = 0.0
-        x, y = self._arrays(*self._staged)
+        x, y = self._staged if self._arrays is None else self._arrays(*self._staged)
         total = sum(share.total for share in self._shares)
         first = 0
         for share in self._shares:
@@ -148,6 +154,7 @@ class GraphedStep:
                 logits, loss = training_loss(
                     self._model(Tensor(x[part])), y[part], self._label_smoothing
                 )
+            self._classes = logits.shape[1]
             weight = (part.stop - part.start) / total
             kernels.add_figures(self._figures, loss.data, weight, logits.data, y[part])
             loss.backward(kernels.full([], weight, cuda.dtype_name(loss.dtype)))
@@ -166,9 +173,16 @@ class GraphedStep:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
     def _memory(self) -> list[Any]:
-        """The arrays whose addresses are part of the graph and that others might replace."""
+        """What is part of the graph and might be replaced: arrays, settings of the optimiser."""
+        settings = (
+            value
+            for group in self._optimizer.param_groups
+            for name, value in group.items()
+            if name not in ("params", "lr")
+        )
         states = (self._optimizer.state.get(p, {}).values() for p in self._parameters())
         return [
+            *settings,
             *(p.data for p in self._parameters()),
             *(value for state in states for value in state if cuda.is_device_array(value)),
         ]
@@ -181,13 +195,15 @@ class GraphedStep:
         seed, offset = default_generator.state()
         try:
             self._draws = self._capture(graph)
-        except RuntimeError as error:  # something waits for the device
-            self.obstacle = str(error)
+        except BaseException as error:
             for counter, old in zip(counters, before, strict=True):
                 counter[...] = old
-            default_generator.set_state((seed, offset))
+            if not isinstance(error, RuntimeError):
+                raise
+            self.obstacle = str(error)  # something waits for the device
             return
-        default_generator.set_state((seed, offset))
+        finally:
+            default_generator.set_state((seed, offset))
         self._graph = graph
         self._fixed = self._memory()
         self._gradients = [(p, p.grad) for p in self._parameters()]
@@ -217,8 +233,8 @@ class GraphedStep:
         memory = self._memory()
         if len(memory) != len(self._fixed) or any(map(_differ, memory, self._fixed)):
             raise RuntimeError(
-                "the arrays of parameters or of the optimiser's state were replaced since the step "
-                "was recorded: make a new GraphedStep"
+                "arrays of parameters or of the optimiser's state, or its settings, were replaced "
+                "since the step was recorded: make a new GraphedStep"
             )
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
@@ -233,4 +249,4 @@ class GraphedStep:
 
 
 def _differ(a: Any, b: Any) -> bool:
-    return a is not b
+    return a is not b and (cuda.is_device_array(a) or a != b)
