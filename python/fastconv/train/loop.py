@@ -282,12 +282,12 @@ class _Run:
         with closing(self.steps.batches(at.epoch, at.batch)) as batches:
             for batch in batches:
                 self._start_step(batch)
-                stopping = self._is_set(interrupted)
-                saving = stopping or at.step % config.checkpoint_every == 0
-                logging = at.step % config.log_every == 0
-                if saving or logging or not self.steps.waits or at.batch == len(self.train_loader):
+                last = at.batch == len(self.train_loader)
+                if last or at.step % config.log_every == 0 or not self.steps.waits:
                     mark = self._settle(mark)
-                if saving:
+                stopping = self._is_set(interrupted)
+                if stopping or at.step % config.checkpoint_every == 0:
+                    mark = self._settle(mark)
                     self.save()
                 if stopping:
                     self.communicator.barrier()  # the end of one may be the end of all
