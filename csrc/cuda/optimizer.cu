@@ -203,7 +203,6 @@ template <class Run> void for_groups(const std::vector<Parameter>& parameters, R
 
 void sgd_step(const std::vector<Parameter>& parameters, const SgdOptions& o) {
   const auto lr = step_numbers({o.lr});
-  if (collecting_numbers()) return;
   for_groups(parameters, [&](auto t, const Group& group) {
     using Update = Sgd<decltype(t)>;
     const Factor scale{o.gradient_scale, o.scale_place};
@@ -215,7 +214,6 @@ void adamw_step(const std::vector<Parameter>& parameters, const AdamWOptions& o)
   const double step = static_cast<double>(o.step);
   const double bias1 = 1 - std::pow(o.beta1, step), bias2 = 1 - std::pow(o.beta2, step);
   const auto numbers = step_numbers({o.lr, bias1, 1 / std::sqrt(bias2)});
-  if (collecting_numbers()) return;
   for_groups(parameters, [&](auto t, const Group& group) {
     using Update = AdamW<decltype(t)>;
     const Factor scale{o.gradient_scale, o.scale_place};
@@ -245,7 +243,6 @@ double gradient_norm(const std::vector<Parameter>& parameters) {
 
 void move_towards(const std::vector<Parameter>& parameters, double share) {
   const auto numbers = step_numbers({share});
-  if (collecting_numbers()) return;
   for_groups(parameters, [&](auto t, const Group& group) {
     using Update = MoveTowards<decltype(t)>;
     launch(UpdatePieces<Update>{group, {numbers}}, group.blocks);

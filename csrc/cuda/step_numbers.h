@@ -31,7 +31,7 @@ class StepNumbers {
 
   // Until done(): every number that this thread's kernels ask for gets a place here.
   void record();
-  // Until done(): the same functions are called with the numbers of the next step; their kernels are not started.
+  // Until done(): the same functions are called with the numbers of the next step and no arrays to work on.
   void collect();
   // Throws if a collection did not ask for as many numbers as were recorded.
   void done();
@@ -40,7 +40,6 @@ class StepNumbers {
 
   const double* take(const double* values, size_t count);
   const uint64_t* random_place() const { return place_.as<uint64_t>(); }
-  bool collecting() const { return collecting_; }
 
  private:
   Buffer place_;
@@ -52,7 +51,6 @@ class StepNumbers {
 // Of this thread, between record() or collect() and done(); otherwise null.
 StepNumbers* current_step_numbers();
 
-inline bool collecting_numbers() { return current_step_numbers() && current_step_numbers()->collecting(); }
 // Added to the seed and the offset of what is recorded, or null.
 inline const uint64_t* random_place() {
   return current_step_numbers() ? current_step_numbers()->random_place() : nullptr;

@@ -74,18 +74,22 @@ class Optimizer:
         """ValueError when a setting of the group is out of range."""
         raise NotImplementedError
 
-    def step(self, gradient_scale: float | Array = 1.0) -> None:
+    def step(self, gradient_scale: float | Array = 1.0, *, count_only: bool = False) -> None:
         """Updates every parameter that has a gradient, in place.
 
         gradient_scale  a factor on all gradients, applied in the same pass; on a CUDA device also
                         an array of one float64 there, which changes nothing where it is NaN
+        count_only      do not touch any array: a graph of the device's work is about to do that
+                        (`train.GraphedStep`)
         """
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                self._update(group, params, gradient_scale)
+                self._update(group, params, gradient_scale, count_only)
 
-    def _update(self, group: Group, params: list[Tensor], gradient_scale: float | Array) -> None:
+    def _update(
+        self, group: Group, params: list[Tensor], gradient_scale: float | Array, count_only: bool
+    ) -> None:
         raise NotImplementedError
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -256,11 +260,14 @@ class SGD(Optimizer):
                 f"momentum={group['momentum']}, dampening={group['dampening']}"
             )
 
-    def _update(self, group: Group, params: list[Tensor], gradient_scale: float | Array) -> None:
+    def _update(
+        self, group: Group, params: list[Tensor], gradient_scale: float | Array, count_only: bool
+    ) -> None:
         settings = {key: value for key, value in group.items() if key in self.defaults}
         settings["gradient_scale"] = gradient_scale
         if group["momentum"] == 0:
-            ops.sgd_step(*_arrays(params), None, first=False, **settings)
+            touched = [] if count_only else params
+            ops.sgd_step(*_arrays(touched), None, first=False, **settings)
             return
         fresh = [p for p in params if p not in self.state]
         started = [p for p in params if p in self.state]
@@ -268,8 +275,9 @@ class SGD(Optimizer):
             self.state[p] = {"momentum_buffer": np.zeros_like(p.data)}
         for first, members in ((True, fresh), (False, started)):
             if members:
-                momenta = [self.state[p]["momentum_buffer"] for p in members]
-                ops.sgd_step(*_arrays(members), momenta, first=first, **settings)
+                touched = [] if count_only else members
+                momenta = [self.state[p]["momentum_buffer"] for p in touched]
+                ops.sgd_step(*_arrays(touched), momenta, first=first, **settings)
 
 
 class AdamW(Optimizer):
@@ -295,7 +303,9 @@ class AdamW(Optimizer):
         if len(group["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in group["betas"]):
             raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
 
-    def _update(self, group: Group, params: list[Tensor], gradient_scale: float | Array) -> None:
+    def _update(
+        self, group: Group, params: list[Tensor], gradient_scale: float | Array, count_only: bool
+    ) -> None:
         by_step: dict[
             int, list[Tensor]
         ] = {}  # parameters that got their first gradient later lag behind
@@ -309,10 +319,11 @@ class AdamW(Optimizer):
             by_step.setdefault(state["step"], []).append(p)
         beta1, beta2 = group["betas"]
         for step, members in by_step.items():
+            touched = [] if count_only else members
             ops.adamw_step(
-                *_arrays(members),
-                [self.state[p]["exp_avg"] for p in members],
-                [self.state[p]["exp_avg_sq"] for p in members],
+                *_arrays(touched),
+                [self.state[p]["exp_avg"] for p in touched],
+                [self.state[p]["exp_avg_sq"] for p in touched],
                 step=step,
                 lr=group["lr"],
                 beta1=beta1,

@@ -30,10 +30,14 @@ class EMA:
         self.updates = 0
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
 
+    def count(self) -> float:
+        """Counts an update; by which share of the distance the average moves in it."""
+        self.updates += 1
+        return 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+
     def update(self, model: Module) -> None:
         """Takes the present weights of the model into the average."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        share = self.count()
         values = model.state_dict()
         floats = []
         for name, average in self.model.state_dict().items():
@@ -41,4 +45,4 @@ class EMA:
                 floats.append((average, values[name]))
             else:
                 average[...] = values[name]
-        ops.move_towards([a for a, _ in floats], [v for _, v in floats], 1 - decay)
+        ops.move_towards([a for a, _ in floats], [v for _, v in floats], share)

@@ -162,9 +162,6 @@ class GraphedStep:
             gradients = [p.grad for p in self._parameters() if p.grad is not None]
             kernels.store_gradient_norm(gradients, self._figures[2])
         kernels.judge(self._figures, math.inf if self._clip_norm is None else self._clip_norm)
-        self._update()
-
-    def _update(self) -> None:
         self._optimizer.step(self._figures[3])
         if self._ema is not None:
             self._ema.update(self._model)
@@ -190,7 +187,9 @@ class GraphedStep:
     def _record(self) -> None:
         """Records the step and counts it on the host, or sets `obstacle`."""
         graph = cuda.kernels().Graph()
-        counters = [b for _, b in self._model.named_buffers() if isinstance(b, np.ndarray)]
+        models = [self._model] if self._ema is None else [self._model, self._ema.model]
+        buffers = [buffer for model in models for _, buffer in model.named_buffers()]
+        counters = [buffer for buffer in buffers if isinstance(buffer, np.ndarray)]
         before = [counter.copy() for counter in counters]
         seed, offset = default_generator.state()
         try:
@@ -242,7 +241,9 @@ class GraphedStep:
             counter += change
         self._numbers.collect()
         try:
-            self._update()  # whose kernels are not started
+            self._optimizer.step(self._figures[3], count_only=True)
+            if self._ema is not None:
+                cuda.kernels().move_towards([], [], self._ema.count())
         finally:
             self._numbers.done()
         self._numbers.upload(*default_generator.reserve(self._draws))
