@@ -5,7 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/array.h"
-#include "bindings/convert.h"
+#include "bindings/operands.h"
 #include "core/check.h"
 #include "cuda/device.h"
 #include "cuda/step_numbers.h"
@@ -64,13 +64,14 @@ cuda::StepFigures* figures_in(const Array& array) {
 void add_figures(const Array& figures, const Array& loss_in, double weight, const Array& logits_in,
                  const Array& target_in) {
   const TensorView loss = view(loss_in, "loss"), logits = view(logits_in, "logits"), target = view(target_in, "target");
-  FC_CHECK(loss.numel() == 1 && logits.ndim == 2 && logits.is_contiguous() && target.ndim == 1 &&
-               target.is_contiguous() && target.sizes[0] == logits.sizes[0],
-           "loss ", shape_string(loss), ", logits ", shape_string(logits), " and target ", shape_string(target),
+  FC_CHECK(loss.numel() == 1 && logits.ndim == 2 && target.ndim == 1 && target.sizes[0] == logits.sizes[0], "loss ",
+           shape_string(loss), ", logits ", shape_string(logits), " and target ", shape_string(target),
            " do not fit together");
   check_dtype("target", target, DType::kInt64);
-  cuda::add_figures(figures_in(figures), loss.dtype, loss.data, weight, logits.dtype, logits.data, target.as<int64_t>(),
-                    logits.sizes[0], logits.sizes[1]);
+  const Dense rows(logits, row_major_strides(logits));
+  const Vector targets(target, "target");
+  cuda::add_figures(figures_in(figures), loss.dtype, loss.data, weight, logits.dtype, rows.data(),
+                    static_cast<const int64_t*>(targets.data()), logits.sizes[0], logits.sizes[1]);
 }
 
 }  // namespace

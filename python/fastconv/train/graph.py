@@ -85,6 +85,7 @@ class GraphedStep:
         self.obstacle: str | None = None  # why the step could not be recorded
         self._staged: list[Any] = []  # the arrays of a batch, at fixed addresses
         self._figures = kernels.full([4], 0.0, "float64")  # loss, correct, norm, factor
+        self._norm, self._factor = self._figures[2], self._figures[3]
         self._history = kernels.full([_HISTORY, 4], 0.0, "float64")
         self._waiting = 0  # rows of it
         self._steps: list[Step] = []
@@ -160,9 +161,9 @@ class GraphedStep:
             loss.backward(kernels.full([], weight, cuda.dtype_name(loss.dtype)))
         if self._clip_norm is not None:
             gradients = [p.grad for p in self._parameters() if p.grad is not None]
-            kernels.store_gradient_norm(gradients, self._figures[2])
+            kernels.store_gradient_norm(gradients, self._norm)
         kernels.judge(self._figures, math.inf if self._clip_norm is None else self._clip_norm)
-        self._optimizer.step(self._figures[3])
+        self._optimizer.step(self._factor)
         if self._ema is not None:
             self._ema.update(self._model)
 
@@ -241,7 +242,7 @@ class GraphedStep:
             counter += change
         self._numbers.collect()
         try:
-            self._optimizer.step(self._figures[3], count_only=True)
+            self._optimizer.step(self._factor, count_only=True)
             if self._ema is not None:
                 cuda.kernels().move_towards([], [], self._ema.count())
         finally:
