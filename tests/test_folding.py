@@ -115,7 +115,7 @@ def test_kept_weights_give_the_bits_of_fresh_ones(isa: str, case: ConvCase) -> N
     def kept() -> np.ndarray:
         cache = caches.setdefault("all", fc._C.WeightCache())
         settings = packed._settings
-        y: np.ndarray = fc._C.conv2d(x, data.w, None, None, *settings, "", factors, cache)
+        y: np.ndarray = fc._C.conv2d_cached(x, data.w, None, None, *settings, "", factors, cache)
         return y
 
     packed = fc.PackedConv2d(data.w, **case.arguments)

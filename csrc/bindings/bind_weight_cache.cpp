@@ -10,9 +10,8 @@ void bind_weight_cache(py::module_& m) {
   using namespace py::literals;
   py::class_<cpu::WeightCache>(m, "WeightCache", "The packed forms of one set of weights, between calls.")
       .def(py::init<>());
-  // An overload of the one that every device has.
-  m.def("conv2d", &conv2d, "x"_a, "w"_a, "bias"_a, "residual"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a,
-        "activation"_a, "scale"_a, "cache"_a = py::none());
+  m.def("conv2d_cached", &conv2d, "x"_a, "w"_a, "bias"_a, "residual"_a, "stride"_a, "padding"_a, "dilation"_a,
+        "groups"_a, "activation"_a, "scale"_a, "cache"_a);
 }
 
 }  // namespace fastconv::bindings

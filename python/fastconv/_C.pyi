@@ -41,8 +41,19 @@ def conv2d(
     dilation: _Pair,
     groups: int,
     activation: str,
-    scale: np.ndarray | None = None,
-    cache: WeightCache | None = None,
+) -> np.ndarray: ...
+def conv2d_cached(
+    x: np.ndarray,
+    w: np.ndarray,
+    bias: np.ndarray | None,
+    residual: np.ndarray | None,
+    stride: _Pair,
+    padding: _Padding,
+    dilation: _Pair,
+    groups: int,
+    activation: str,
+    scale: np.ndarray | None,
+    cache: WeightCache | None,
 ) -> np.ndarray: ...
 def conv2d_backward(
     dy: np.ndarray,

@@ -86,7 +86,7 @@ class KeptWeights:
     ) -> Tensor:
         """activation(norm(conv(x)) + residual) in one pass; norm None: the convolution alone."""
         kept = self._current(conv, norm)
-        y = _C.conv2d(
+        y = _C.conv2d_cached(
             operand(x.data, "input"),
             operand(array_of(conv.weight), "weight"),
             kept.shift,

@@ -140,7 +140,7 @@ class PackedConv2d:
         self, x: Array, *, activation: str | None = None, residual: Array | None = None
     ) -> Array:
         """act(batch_norm(convolution of x + bias) + residual), of x's kind and layout."""
-        y = _C.conv2d(
+        y = _C.conv2d_cached(
             _on_cpu(x, "input"),
             self._weight,
             self._bias,
