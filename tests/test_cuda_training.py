@@ -308,17 +308,24 @@ def outcome(folder: Path) -> list[Any]:
     return [figures, (folder / "last.safetensors").read_bytes()]
 
 
-def test_a_run_of_graphs_ends_with_the_bits_of_single_operations(shapes, tmp_path):
+@pytest.mark.parametrize("autocast", [None, "bfloat16"])
+def test_a_run_of_graphs_ends_with_the_bits_of_single_operations(shapes, tmp_path, autocast):
     pytest.importorskip("safetensors")
     progress = Quiet()
-    train.train(config(shapes), tmp_path / "graph", progress=progress)
+    settings = {"autocast": autocast}
+    train.train(config(shapes, **settings), tmp_path / "graph", progress=progress)
     assert progress.steps == 8 and not any("operations" in m for m in progress.messages)
-    train.train(config(shapes, graph=False), tmp_path / "single", progress=Quiet())
+    train.train(config(shapes, graph=False, **settings), tmp_path / "single", progress=Quiet())
     assert outcome(tmp_path / "graph") == outcome(tmp_path / "single")
     with pytest.raises(InterruptedError):
-        train.train(config(shapes), tmp_path / "killed", progress=Quiet(last=5))
+        train.train(config(shapes, **settings), tmp_path / "killed", progress=Quiet(last=5))
     train.resume(tmp_path / "killed", progress=Quiet())
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "graph")
+    losses = [line["loss"] for line in outcome(tmp_path / "graph")[0] if "loss" in line]
+    train.train(config(shapes), tmp_path / "float32", progress=Quiet())
+    others = [line["loss"] for line in outcome(tmp_path / "float32")[0] if "loss" in line]
+    assert losses == pytest.approx(others, rel=0.05)
+    assert (losses == others) == (autocast is None)
 
 
 def test_a_run_says_why_batches_are_made_by_the_cpu_and_where_it_failed(shapes, tmp_path):

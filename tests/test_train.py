@@ -89,6 +89,8 @@ def whole_run(digits: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"data": "svhn"}, "unknown data 'svhn', expected one of mnist5k"),
         ({"optimizer": "lion"}, "unknown optimizer 'lion', expected one of adamw, sgd"),
         ({"schedule": "linear"}, "unknown schedule 'linear'"),
+        ({"autocast": "int8"}, "unknown autocast 'int8', expected bfloat16"),
+        ({"autocast": "bfloat16"}, "autocast 'bfloat16' needs the device cuda, got 'cpu'"),
         ({"epochs": 0}, "epochs must be at least 1 and below inf, got 0"),
         ({"batch_size": -3}, "batch_size .* got -3"),
         ({"lr": -0.1}, "lr must be at least 0 .* got -0.1"),

@@ -162,6 +162,7 @@ _TRAIN_OPTIONS: dict[str, tuple[tuple[str, Any, str], ...]] = {
         ("seed", int, "of weights, order, augmentation and dropout (0)"),
         ("device", str, "cpu or cuda (cpu)"),
         ("graph", bool, "on cuda, start a step as one graph; no influence on the result (yes)"),
+        ("autocast", str, "on cuda, compute convolutions and dense layers in bfloat16 (no)"),
         ("threads", int, "no influence on the result (all cores)"),
         ("workers", int, "threads that prepare batches (2)"),
         ("prefetch", int, "batches prepared ahead (2)"),

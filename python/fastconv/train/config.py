@@ -69,6 +69,9 @@ class TrainConfig:
     seed: int = 0
     device: str = "cpu"  # or "cuda"
     graph: bool = True  # on a CUDA device, start a step as one graph; no influence on the bits
+    autocast: str | None = (
+        None  # or "bfloat16", in which its convolutions and linear layers compute
+    )
     threads: int | None = None  # no influence on the bits
     log_every: int = 10  # steps between two lines of metrics.jsonl
     checkpoint_every: int = 50  # steps between two checkpoints
@@ -88,6 +91,13 @@ class TrainConfig:
                 raise ValueError(
                     f"unknown {name} {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
                 )
+
+        if self.autocast not in (None, "bfloat16"):
+            raise ValueError(f"unknown autocast {self.autocast!r}, expected bfloat16")
+        if self.autocast is not None and self.device != "cuda":
+            raise ValueError(
+                f"autocast {self.autocast!r} needs the device cuda, got {self.device!r}"
+            )
 
         def default(value: Any, otherwise: Any) -> Any:
             return otherwise if value is None else value

@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from types import FrameType
@@ -229,7 +229,7 @@ class _Run:
         parameters = sum(math.prod(p.shape) for p in self.model.parameters())
         if self.folder is not None:
             self.folder.cut_metrics(self.at.metrics_lines)
-        with _interruptible() as interrupted, self.progress as progress:
+        with _interruptible() as interrupted, self.progress as progress, self._autocast():
             progress.run_started(self.config, self.info, parameters, self.at.epoch, self.at.batch)
             while self.at.epoch < self.config.epochs and not self._out_of_patience():
                 if self._is_set(interrupted):
@@ -259,6 +259,10 @@ class _Run:
     def result_model(self) -> nn.Module:
         """The model that is evaluated and kept: with the averaged weights, if there are any."""
         return self.model if self.ema is None else self.ema.model
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        dtype = self.config.autocast
+        return nullcontext() if dtype is None else fastconv.cuda.autocast(dtype)
 
     def _is_set(self, event: threading.Event) -> bool:
         """Whether an event is set in any process: they stop after the same step."""
