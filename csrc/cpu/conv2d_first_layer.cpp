@@ -17,14 +17,16 @@ namespace {
 constexpr int64_t kChunks = 64;
 // Output pixels between loads and stores of a weight gradient's sums, at least; dy of so many stays in L2.
 constexpr int64_t kGradientPixels = 192;
-// Planes of dy that a band of the input gradient reads should stay in L2, and must stay a reasonable workspace.
-constexpr int64_t kPlaneFloats = 160 * 1024, kMaxPlaneFloats = 16 * 1024 * 1024;
+// Rows of an input gradient's chunk, where there are as many: its first rows of dy are also those of the chunk above.
+constexpr int64_t kInputRows = 16;
+// Planes of dy that a row of the input gradient reads must stay a reasonable workspace.
+constexpr int64_t kMaxPlaneFloats = 16 * 1024 * 1024;
 
 // Rows of outputs, or of inputs, of one image that a chunk works on.
 struct Bands {
   int64_t images, rows, band;
-  Bands(int64_t images, int64_t rows, int64_t most)
-      : images(images), rows(rows), band(std::clamp<int64_t>(ceil_divide(images * rows, kChunks), 1, most)) {}
+  Bands(int64_t images, int64_t rows, int64_t least, int64_t most)
+      : images(images), rows(rows), band(std::clamp(ceil_divide(images * rows, kChunks), least, most)) {}
   int64_t per_image() const { return ceil_divide(rows, band); }
   int64_t count() const { return images * per_image(); }
   int64_t image(int64_t i) const { return i / per_image(); }
@@ -91,7 +93,7 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
   const auto& k = kernels().conv2d;
   const direct::Panels panels{a.k, k.tile_k, k.lanes};
   const PaddedRows source(a);
-  const Bands bands(a.n, a.p, 16);
+  const Bands bands(a.n, a.p, 1, 16);
   const int64_t taps = a.s * a.c, panel_floats = a.r * taps * k.tile_k;
   const PackedWeights weights(args.cache, "first_layer", panels.count() * panel_floats, [&](float* packed) {
     std::memset(packed, 0, panels.count() * panel_floats * sizeof(float));
@@ -140,7 +142,7 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
   const auto& k = kernels().conv2d;
   const auto* dy = static_cast<const float*>(args.dy);
   const PaddedRows source(a);
-  const Bands bands(a.n, a.p, 32);
+  const Bands bands(a.n, a.p, 1, 32);
   const int64_t taps = a.s * a.c, panels = ceil_divide(a.k, k.lanes), panel_floats = a.r * taps * k.lanes;
   const int64_t step_rows = std::clamp<int64_t>(kGradientPixels / a.q, 1, bands.band);
   const int64_t parts = std::min(bands.count(), kChunks), part_floats = panels * panel_floats;
@@ -219,34 +221,23 @@ struct Planes {
   }
 };
 
-// Rows of dy that rows [begin, end) of dx read.
-Range source_rows(const std::vector<AxisTaps>& axes, Range rows, int64_t size) {
-  int64_t first = size, last = 0;
-  for (const AxisTaps& axis : axes)
-    for (const auto& tap : axis.taps) {
-      // Outputs j of this phase within the rows.
-      const int64_t low =
-          std::max<int64_t>(ceil_divide(std::max<int64_t>(rows.begin - axis.out_first, 0), axis.out_step), 0);
-      const int64_t high = rows.end > axis.out_first ? ceil_divide(rows.end - axis.out_first, axis.out_step) : 0;
-      if (low >= high) continue;
-      first = std::min(first, low + tap.offset);
-      last = std::max(last, high + tap.offset);
-    }
-  first = std::max<int64_t>(first, 0);
-  return {first, std::max(first, std::min(last, size))};
-}
-
-// The most rows of dy that `rows` rows of dx read.
-int64_t most_source_rows(const Conv2dProblem& a, int64_t rows) {
-  return std::min(a.p, (rows - 1 + (a.r - 1) * a.dilation_h) / a.stride_h + 1);
-}
+// Rows of dy that a row of dx may read: those between its first and its last tap. The last are kept in a ring.
+struct RowWindow {
+  const Conv2dProblem& a;
+  int64_t size() const { return std::min(a.p, (a.r - 1) * a.dilation_h / a.stride_h + 1); }
+  int64_t begin(int64_t y) const {
+    const int64_t above = (a.r - 1) * a.dilation_h;
+    return y + a.pad_top <= above ? 0 : ceil_divide(y + a.pad_top - above, a.stride_h);
+  }
+  int64_t end(int64_t y) const { return std::min(a.p, (y + a.pad_top) / a.stride_h + 1); }
+};
 
 }  // namespace
 
 const char* supports_backward_input(const Conv2dProblem& a) {
   if (const char* why = supports(a)) return why;
   const int64_t width = a.q + a.s + 2 * a.pad_left + a.w + 64;
-  if (most_source_rows(a, 1) > kMaxPlaneFloats / (a.k * width)) return "the rows of dy under a kernel are too large";
+  if (RowWindow{a}.size() > kMaxPlaneFloats / (a.k * width)) return "the rows of dy under a kernel are too large";
   return nullptr;
 }
 
@@ -256,9 +247,8 @@ void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) 
   const auto row_axes = backward_axes(a.h, a.r, a.stride_h, a.pad_top, a.dilation_h);
   const auto column_axes = backward_axes(a.w, a.s, a.stride_w, a.pad_left, a.dilation_w);
   const Planes planes(a, column_axes, k.lanes);
-  int64_t most = a.h;
-  while (most > 1 && most_source_rows(a, most) * planes.row_floats > kPlaneFloats) most = (most + 1) / 2;
-  const Bands bands(a.n, a.h, most);
+  const RowWindow window{a};
+  const Bands bands(a.n, a.h, std::min(kInputRows, a.h), a.h);
 
   // [k][r][s][c], so that a tap is a run of channels
   Buffer weights(a.k * a.r * a.s * a.c * sizeof(float));
@@ -268,7 +258,7 @@ void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) 
     });
 
   const int64_t most_vectors = k.planar_vectors[a.c - 1], row_floats = ceil_divide(a.w, k.lanes) * k.lanes;
-  const int64_t plane_floats = most_source_rows(a, bands.band) * planes.row_floats;
+  const int64_t ring = window.size(), plane_floats = ring * planes.row_floats;
   const int64_t scratch_floats = plane_floats + a.c * row_floats;
   const int threads = num_threads();
   Buffer scratch(threads * scratch_floats * sizeof(float));
@@ -282,18 +272,20 @@ void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) 
       bands.count(),
       [&](int64_t i, int thread) {
         const int64_t n = bands.image(i);
-        const Range rows = bands.range(i), from = source_rows(row_axes, rows, a.p);
+        const Range rows = bands.range(i);
         float *packed = scratch.as<float>() + thread * scratch_floats, *row = packed + plane_floats;
-        for (int64_t p = from.begin; p < from.end; ++p) {
-          float* to = packed + (p - from.begin) * planes.row_floats;
+        const auto pack_row = [&](int64_t p) {
+          float* to = packed + p % ring * planes.row_floats;
           std::memset(to, 0, planes.left * sizeof(float));
           // Zeros beyond the last pixel reach over the next plane's zeros on the left.
           k.pack_weights(dy + (n * a.p + p) * a.q * a.k, a.k, 1, a.q, a.k, planes.width, to + planes.left);
-        }
+        };
+        int64_t next_row = window.begin(rows.begin);
         std::vector<PlanarTile::Tap> taps(a.r * a.s);
         PlanarTile t = shape;
         t.taps = taps.data();
         for (int64_t y = rows.begin; y < rows.end; ++y) {
+          for (; next_row < window.end(y); ++next_row) pack_row(next_row);
           const AxisTaps& row_axis = row_axes[y % a.stride_h];
           float* dx = static_cast<float*>(args.dx) + (n * a.h + y) * a.w * a.c;
           for (const AxisTaps& axis : column_axes) {
@@ -302,7 +294,7 @@ void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) 
               const int64_t p = y / a.stride_h + r.offset;
               if (p < 0 || p >= a.p) continue;
               for (const auto& s : axis.taps)
-                taps[t.tap_count++] = {(p - from.begin) * planes.row_floats + planes.left + s.offset,
+                taps[t.tap_count++] = {p % ring * planes.row_floats + planes.left + s.offset,
                                        (r.index * a.s + s.index) * a.c};
             }
             const int64_t vectors = ceil_divide(axis.outputs, k.lanes), tiles = ceil_divide(vectors, most_vectors);
@@ -311,6 +303,7 @@ void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) 
               t.x = packed + part.begin * k.lanes;
               t.y = row + part.begin * k.lanes;
               t.vectors = part.end - part.begin;
+              t.next = dy + ((n * a.p + next_row) * a.q + part.begin * k.lanes) * a.k;
               k.planar_tile(t);
             }
             for (int64_t x = 0; x < axis.outputs; ++x)

@@ -115,6 +115,7 @@ struct PlanarTile {
   int64_t w_step;    // between planes
   int64_t channels;  // <= kFewChannels
   int64_t vectors;   // of outputs, <= planar_vectors[channels - 1]
+  const float* next;  // wanted next: as many floats as the tile reads under one tap are fetched into L2
   float* y;
   int64_t y_step;  // between channels
 };

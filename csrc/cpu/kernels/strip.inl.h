@@ -135,6 +135,7 @@ template <int C, int V> void planar_part(const PlanarTile& t) {
     for (int v = 0; v < V; ++v) acc[c][v] = zero();
   for (int64_t k = 0; k < t.planes; ++k) {
     const float *x = t.x + k * t.x_step, *w = t.w + k * t.w_step;
+    for (int64_t i = 0; i < V * kLanes; i += kBlock) prefetch_l2(t.next + k * V * kLanes + i);
     for (int64_t i = 0; i < t.tap_count; ++i) {
       const PlanarTile::Tap& tap = t.taps[i];
       Vec weights[C];
