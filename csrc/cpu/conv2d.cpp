@@ -15,6 +15,7 @@ namespace {
 
 constexpr ConvForward kForward[] = {
     {"depthwise", depthwise::supports, depthwise::forward},
+    {"winograd_rows", winograd_rows::supports, winograd_rows::forward},
     {"first_layer", first_layer::supports, first_layer::forward},
     {"few_pixels", few_pixels::supports, few_pixels::forward},
     {"pointwise", pointwise::supports, pointwise::forward},
@@ -37,6 +38,7 @@ constexpr ConvBackwardInput kBackwardInput[] = {
 
 constexpr ConvBackwardWeight kBackwardWeight[] = {
     {"depthwise", depthwise::supports, depthwise::backward_weight},
+    {"winograd_rows", winograd_rows::supports, winograd_rows::backward_weight},
     {"first_layer", first_layer::supports, first_layer::backward_weight},
     {"few_pixels", few_pixels::supports_backward, few_pixels::backward_weight},
     {"pointwise", pointwise::supports, pointwise::backward_weight},

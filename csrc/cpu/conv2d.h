@@ -53,6 +53,12 @@ void backward_input(const Conv2dProblem&, const BackwardInputArguments&);
 void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
 }  // namespace few_pixels
 
+namespace winograd_rows {
+const char* supports(const Conv2dProblem&);
+void forward(const Conv2dProblem&, const ForwardArguments&);
+void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
+}  // namespace winograd_rows
+
 namespace first_layer {
 const char* supports(const Conv2dProblem&);
 const char* supports_backward_input(const Conv2dProblem&);

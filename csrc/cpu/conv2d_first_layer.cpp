@@ -2,82 +2,21 @@
 // run of floats in a row of the image, so forward and weight gradient read rows of x as they are, with padding added.
 // The input gradient has few outputs instead: its lanes are pixels, of dy laid out in planes, so that none is wasted.
 // Bounds: FMA, and the writes of y and reads of dy.
-#include <algorithm>
-#include <cstring>
+#include "cpu/conv2d_first_layer.h"
 
 #include "core/allocator.h"
 #include "cpu/conv2d_direct.h"
-#include "cpu/parallel.h"
 #include "cpu/registry.h"
 
 namespace fastconv::cpu::first_layer {
 namespace {
 
-// Chunks wanted: enough for many cores, few enough that the partial sums of the weight gradient stay small.
-constexpr int64_t kChunks = 64;
 // Output pixels between loads and stores of a weight gradient's sums, at least; dy of so many stays in L2.
 constexpr int64_t kGradientPixels = 192;
 // Rows of an input gradient's chunk, where there are as many: its first rows of dy are also those of the chunk above.
 constexpr int64_t kInputRows = 16;
 // Planes of dy that a row of the input gradient reads must stay a reasonable workspace.
 constexpr int64_t kMaxPlaneFloats = 16 * 1024 * 1024;
-
-// Rows of outputs, or of inputs, of one image that a chunk works on.
-struct Bands {
-  int64_t images, rows, band;
-  Bands(int64_t images, int64_t rows, int64_t least, int64_t most)
-      : images(images), rows(rows), band(std::clamp(ceil_divide(images * rows, kChunks), least, most)) {}
-  int64_t per_image() const { return ceil_divide(rows, band); }
-  int64_t count() const { return images * per_image(); }
-  int64_t image(int64_t i) const { return i / per_image(); }
-  Range range(int64_t i) const {
-    const int64_t begin = i % per_image() * band;
-    return {begin, std::min(rows, begin + band)};
-  }
-};
-
-// Rows of x with padding on both sides: the run that output q reads under a kernel row begins at q * step.
-class PaddedRows {
- public:
-  explicit PaddedRows(const Conv2dProblem& a) : a_(a), pixels_((a.q - 1) * a.stride_w + a.s) {}
-  int64_t row_floats() const { return pixels_ * a_.c; }
-  int64_t step() const { return a_.stride_w * a_.c; }
-  int64_t output_row() const { return a_.stride_h * row_floats(); }
-  int64_t tap_row() const { return a_.dilation_h * row_floats(); }
-  int64_t rows(int64_t outputs) const { return (outputs - 1) * a_.stride_h + (a_.r - 1) * a_.dilation_h + 1; }
-
-  // What the rows of outputs [p.begin, p.end) of image n read.
-  void pack(const float* x, int64_t n, Range p, float* to) const {
-    const int64_t first = p.begin * a_.stride_h - a_.pad_top;
-    for (int64_t i = 0; i < rows(p.end - p.begin); ++i) pack_row(x, n, first + i, to + i * row_floats());
-  }
-
- private:
-  void pack_row(const float* x, int64_t n, int64_t row, float* to) const {
-    if (row < 0 || row >= a_.h) {
-      std::memset(to, 0, row_floats() * sizeof(float));
-      return;
-    }
-    const int64_t begin = std::min(a_.pad_left, pixels_), end = std::clamp(a_.pad_left + a_.w, begin, pixels_);
-    std::memset(to, 0, begin * a_.c * sizeof(float));
-    std::memcpy(to + begin * a_.c, x + (n * a_.h + row) * a_.w * a_.c, (end - begin) * a_.c * sizeof(float));
-    std::memset(to + end * a_.c, 0, (pixels_ - end) * a_.c * sizeof(float));
-  }
-  const Conv2dProblem& a_;
-  int64_t pixels_;
-};
-
-// A panel of the weights, or of their gradient: [row][(column, channel)][width]. visit(offset in w, offset in panel)
-template <class Visit>
-void for_panel(const Conv2dProblem& a, const TensorView& w, int64_t first, int64_t channels, int64_t width,
-               Visit&& visit) {
-  for (int64_t o = 0; o < channels; ++o)
-    for (int64_t r = 0; r < a.r; ++r)
-      for (int64_t s = 0; s < a.s; ++s)
-        for (int64_t c = 0; c < a.c; ++c)
-          visit((first + o) * w.strides[0] + c * w.strides[1] + r * w.strides[2] + s * w.strides[3],
-                ((r * a.s + s) * a.c + c) * width + o);
-}
 
 }  // namespace
 
@@ -92,7 +31,7 @@ const char* supports(const Conv2dProblem& a) {
 void forward(const Conv2dProblem& a, const ForwardArguments& args) {
   const auto& k = kernels().conv2d;
   const direct::Panels panels{a.k, k.tile_k, k.lanes};
-  const PaddedRows source(a);
+  const PaddedRows source(a, a.q);
   const Bands bands(a.n, a.p, 1, 16);
   const int64_t taps = a.s * a.c, panel_floats = a.r * taps * k.tile_k;
   const PackedWeights weights(args.cache, "first_layer", panels.count() * panel_floats, [&](float* packed) {
@@ -141,7 +80,7 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
 void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args) {
   const auto& k = kernels().conv2d;
   const auto* dy = static_cast<const float*>(args.dy);
-  const PaddedRows source(a);
+  const PaddedRows source(a, a.q);
   const Bands bands(a.n, a.p, 1, 32);
   const int64_t taps = a.s * a.c, panels = ceil_divide(a.k, k.lanes), panel_floats = a.r * taps * k.lanes;
   const int64_t step_rows = std::clamp<int64_t>(kGradientPixels / a.q, 1, bands.band);

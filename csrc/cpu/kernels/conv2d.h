@@ -112,9 +112,9 @@ struct PlanarTile {
   const float* x;
   int64_t x_step, planes;
   const float* w;
-  int64_t w_step;    // between planes
-  int64_t channels;  // <= kFewChannels
-  int64_t vectors;   // of outputs, <= planar_vectors[channels - 1]
+  int64_t w_step;     // between planes
+  int64_t channels;   // <= kFewChannels
+  int64_t vectors;    // of outputs, <= planar_vectors[channels - 1]
   const float* next;  // wanted next: as many floats as the tile reads under one tap are fetched into L2
   float* y;
   int64_t y_step;  // between channels

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "core/bfloat16.h"
+#include "cpu/kernels/conv2d.h"
 
 namespace fastconv::cpu {
 
@@ -60,6 +61,32 @@ template <class T> struct WinogradOutput {
   bool streaming;  // non-temporal stores; y and pixel aligned to a vector; of float only
 };
 
+// F(4, 3) along the rows of images of few channels; rows of the kernel and channels are summed as they are. A tile is
+// kRowOutputs neighbouring outputs of a row, evaluated at the six points; v[row][tile][kPoints][kFewChannels].
+constexpr int64_t kRowOutputs = 4, kRowTaps = 3;
+
+// Outputs of neighbouring tiles, one vector of channels.
+struct RowTiles : TileOutput {
+  const float* v;  // of the first tile, under the first row of the kernel
+  int64_t v_row;
+  int64_t in_channels;
+  const float* w;   // [kRowTaps][in_channels][kPoints][lanes]
+  int64_t outputs;  // <= row_outputs
+};
+
+// The gradient of such weights: acc[r][channel][point][lane] += sum over tiles of v[tile at r][point][channel]
+// dy[tile][point][lane].
+struct RowGradient {
+  const float* v;
+  int64_t v_row;
+  int64_t in_channels;
+  const float* dy;  // one vector of channels
+  int64_t dy_row, dy_pixel;
+  int64_t rows, columns;  // outputs
+  float* acc;
+  const float* next;  // wanted next: kRowOutputs vectors of it are fetched into L2 for each tile
+};
+
 // The kernels that read or write arrays of the caller, for the type T that those are stored in.
 template <class T> struct WinogradTransforms {
   void (*input)(const WinogradInput<T>&);
@@ -78,6 +105,17 @@ struct WinogradKernels {
   void (*weights[2])(const float* w, int64_t tap, int64_t floats, float* u, int64_t position);
   // dw[tap][i] = the gradient of m[position][i]
   void (*weight_gradient[2])(const float* m, int64_t position, int64_t floats, float* dw, int64_t tap);
+
+  int64_t row_outputs;  // of the tiles whose sums fit the registers
+  // v[tile][kPoints][kFewChannels] of a row of pixels x[pixel][channels], whose windows begin kRowOutputs pixels apart;
+  // reads kFewChannels floats of each pixel.
+  void (*row_input)(const float* x, int64_t channels, int64_t tiles, float* v);
+  // u[r][channel][kPoints][lanes] = the rows of the kernel w[r][s][channel][lanes]
+  void (*row_weights)(const float* w, int64_t channels, float* u);
+  void (*row_tiles)(const RowTiles&);
+  void (*row_gradient)(const RowGradient&);
+  // dw[r][s][channel][lanes] = the gradient of m[r][channel][kPoints][lanes]
+  void (*row_weight_gradient)(const float* m, int64_t channels, float* dw);
 
   template <class T> const WinogradTransforms<T>& of() const {
     if constexpr (sizeof(T) == sizeof(float))
