@@ -22,6 +22,7 @@ Result = TypeVar("Result")
 # Every implementation of convolution, in each direction where it has one.
 ALGORITHMS = [
     "winograd",
+    "winograd_rows",
     "direct",
     "pointwise",
     "grouped",
@@ -35,6 +36,7 @@ if ON_CUDA:
     device.install()
 # Those that explain() may name; on a device some take no float32.
 NAMES = [*ALGORITHMS, "sm90", "sm80"] if ON_CUDA else ALGORITHMS
+WINOGRAD = ["winograd", "winograd_rows"]  # whose errors have a limit of their own
 
 # A job in the background of a shell ignores Ctrl-C, and so would the processes that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -19,7 +19,7 @@ from tests.cases import (
     reduced_network_layers,
     spatial_tails,
 )
-from tests.conftest import ALGORITHMS, NAMES, each_algorithm, forced
+from tests.conftest import ALGORITHMS, NAMES, WINOGRAD, each_algorithm, forced
 from tests.memory import LAYOUTS, as_layout, channels_last, is_channels_last
 from tests.reference import assert_conv_close, assert_same_bits, conv_data
 
@@ -58,10 +58,10 @@ def check(
         else:
             dense = backward(case, name, data.dy, data.x, data.w)
             runs = each_algorithm(lambda name=name: backward(case, name, dy, x, data.w))
-        by_winograd = chosen(case, name) == "winograd"
+        by_winograd = chosen(case, name) in WINOGRAD
         assert_conv_close(dense, *limit, f"{case} {name} NCHW", by_winograd)
         for algorithm, result in runs:
-            winograd = algorithm == "winograd" or (algorithm == "chosen" and by_winograd)
+            winograd = algorithm in WINOGRAD or (algorithm == "chosen" and by_winograd)
             assert_conv_close(result, *limit, f"{case} {name} {algorithm}", winograd)
 
 
@@ -143,7 +143,7 @@ def test_network_layers(case, isa):
     results = (y, *fc.conv2d_backward(dy, x, data.w, **case.arguments))
     for name, result in zip(["y", "dx", "dw", "db"], results, strict=True):
         limit = data.ref[name], data.abs_ref[name], case.products[name]
-        assert_conv_close(result, *limit, f"{case} {name}", chosen(case, name) == "winograd")
+        assert_conv_close(result, *limit, f"{case} {name}", chosen(case, name) in WINOGRAD)
 
 
 @pytest.mark.parametrize("case", CONV_CASES[::2], ids=str)
@@ -227,7 +227,7 @@ def test_bias_activation_residual(case, activation, isa):
             ):
                 if algorithm == "chosen":
                     algorithm = chosen(case, "y")
-                limit = reference.conv_limit(scale, terms, winograd=algorithm == "winograd")
+                limit = reference.conv_limit(scale, terms, winograd=algorithm in WINOGRAD)
                 if activation is not None:
                     limit = limit * reference.FUSED_ACTIVATIONS[activation]
                     limit = limit + reference.activation_limit(activation, before, ref)

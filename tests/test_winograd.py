@@ -1,5 +1,5 @@
-"""Winograd F(4x4, 3x3) and F(2x2, 5x5): sizes, channels, padding, dilation, data of any range, and
-what it may not touch."""
+"""Winograd F(4x4, 3x3), F(2x2, 5x5) and, on few channels, F(4, 3) along rows: sizes, channels,
+padding, dilation, data of any range, and what it may not touch."""
 
 from __future__ import annotations
 
@@ -16,22 +16,29 @@ from tests.conftest import forced
 from tests.memory import channels_last, guarded
 from tests.reference import assert_conv_close, assert_same_bits, conv_data
 
-NAMES = ["y", "dx", "dw"]
+
+def by_rows(case: ConvCase) -> bool:
+    """Few channels are transformed along the rows alone, and there is no such input gradient."""
+    return case.c <= 4
 
 
-def run(case: ConvCase, data: reference.ConvData) -> list[np.ndarray]:
+def algorithm(case: ConvCase) -> str:
+    return "winograd_rows" if by_rows(case) else "winograd"
+
+
+def run(case: ConvCase, data: reference.ConvData) -> dict[str, np.ndarray]:
     """y, dx and dw by Winograd."""
     x, dy = channels_last(data.x), channels_last(data.dy)
-    with forced("winograd"):
+    with forced(algorithm(case)):
         y = fc.conv2d(x, data.w, **case.arguments)
-        needs = (True, True, False)
+        needs = (not by_rows(case), True, False)
         dx, dw, _ = fc.conv2d_backward(dy, x, data.w, **case.arguments, needs=needs)
-    return [y, dx, dw]
+    return {"y": y, "dw": dw} if by_rows(case) else {"y": y, "dx": dx, "dw": dw}
 
 
 def check(case: ConvCase, data: reference.ConvData | None = None) -> None:
     data = data or conv_data(case)
-    for name, got in zip(NAMES, run(case, data), strict=True):
+    for name, got in run(case, data).items():
         limit = data.ref[name], data.abs_ref[name], case.products[name]
         assert_conv_close(got, *limit, f"{case} {name}", winograd=True)
 
@@ -86,8 +93,24 @@ CASES_DILATED = [
     ConvCase("dilated_5", 1, 130, 12, 13, 140, 3, 3, padding=5, dilation=5),
 ]
 
+CASES_ROWS = [
+    case3x3("rows_rgb", 2, 3, 11, 18, 40),
+    case3x3("rows_rgb_valid", 3, 3, 9, 9, 64, 0),
+    case3x3("rows_rgb_four_sides", 1, 3, 8, 9, 33, ((0, 2), (3, 1))),
+    case3x3("rows_two_channels", 2, 2, 6, 37, 20, 2),
+    case3x3("rows_rgba", 2, 4, 7, 16, 17),
+    case3x3("rows_of_three", 2, 3, 5, 3, 1),
+    case3x3("rows_in_parts", 40, 3, 13, 7, 24),
+]
 
-@pytest.mark.parametrize("case", CASES + CASES_5X5 + CASES_DILATED, ids=str)
+
+@pytest.mark.parametrize("width", range(3, 37))
+def test_rows_of_few_channels(width, isa):
+    """Every last tile, and every number of tiles that registers take at once."""
+    check(case3x3("width", 1, 2 + width % 3, 4, width, 18))
+
+
+@pytest.mark.parametrize("case", CASES + CASES_5X5 + CASES_DILATED + CASES_ROWS, ids=str)
 def test_cases(case, isa):
     check(case)
 
@@ -116,7 +139,7 @@ def ranges(x: np.ndarray, kind: str) -> np.ndarray:
 def test_ranges_of_data(kind, isa):
     """The limit holds for activations, for data far from zero, and over twelve decades."""
     wide = case3x3("wide", 1, 64, 14, 13, 32), replace(CASES_5X5[0], name="5x5_wide", c=64)
-    for case in (CASES[0], *wide, CASES[7], CASES_5X5[4], CASES_DILATED[0]):
+    for case in (CASES[0], *wide, CASES[7], CASES_5X5[4], CASES_DILATED[0], *CASES_ROWS[:5:2]):
         plain = conv_data(case)
         x = ranges(plain.x, kind)
         dy = ranges(plain.dy, kind) if kind not in ("tiny", "huge") else plain.dy
@@ -125,7 +148,7 @@ def test_ranges_of_data(kind, isa):
             reference.conv2d(abs(x), abs(plain.w), case),
             *reference.conv2d_backward(abs(dy), abs(x), abs(plain.w), case),
         ]
-        names = [*NAMES, "db"]
+        names = ["y", "dx", "dw", "db"]
         data = plain.__class__(
             x,
             plain.w,
@@ -138,12 +161,12 @@ def test_ranges_of_data(kind, isa):
 
 
 def test_bias_residual_activation(isa):
-    for case in (CASES[0], CASES[4], CASES[7], CASES_5X5[2], CASES_DILATED[3]):
+    for case in (CASES[0], CASES[4], CASES[7], CASES_5X5[2], CASES_DILATED[3], *CASES_ROWS[:4]):
         data = conv_data(case)
         residual = reference.normal(case, "residual", shape=case.y_shape)
         before = data.ref["y"] + residual + data.bias[:, None, None].astype(np.float64)
         scale = data.abs_ref["y"] + abs(residual) + abs(data.bias)[:, None, None]
-        with forced("winograd"):
+        with forced(algorithm(case)):
             y = fc.conv2d(
                 channels_last(data.x), data.w, data.bias, **case.arguments,
                 activation="relu", residual=channels_last(residual),
@@ -166,7 +189,17 @@ def test_transposed_convolution_uses_it_too(kernel, dilation, isa):
 
 @pytest.mark.parametrize(
     "case",
-    [CASES[3], CASES[4], CASES[7], CASES[8], CASES_5X5[3], CASES_5X5[4], *CASES_DILATED[3:6:2]],
+    [
+        CASES[3],
+        CASES[4],
+        CASES[7],
+        CASES[8],
+        CASES_5X5[3],
+        CASES_5X5[4],
+        *CASES_DILATED[3:6:2],
+        CASES_ROWS[0],
+        CASES_ROWS[6],
+    ],
     ids=str,
 )
 def test_threads_do_not_change_a_bit(case, isa):
@@ -174,21 +207,23 @@ def test_threads_do_not_change_a_bit(case, isa):
     one = run(case, data)
     for threads in (2, 3, 7):
         fc.set_num_threads(threads)
-        for name, got, expected in zip(NAMES, run(case, data), one, strict=True):
-            assert_same_bits(got, expected, f"{case} {name} {threads} threads")
+        for name, got in run(case, data).items():
+            assert_same_bits(got, one[name], f"{case} {name} {threads} threads")
 
 
 @pytest.mark.parametrize(
-    "case", [CASES[1], CASES[3], CASES[5], CASES[7], *CASES_5X5[2:5:2], *CASES_DILATED[3:]], ids=str
+    "case",
+    [CASES[1], CASES[3], CASES[5], CASES[7], *CASES_5X5[2:5:2], *CASES_DILATED[3:], *CASES_ROWS],
+    ids=str,
 )
 @pytest.mark.parametrize("end", ["start", "end"])
 def test_no_access_outside_the_arrays(case, end, isa):
     data = conv_data(case)
     x, dy = (guarded(channels_last(a), end) for a in (data.x, data.dy))
     w = guarded(data.w, end)
-    with forced("winograd"):
+    with forced(algorithm(case)):
         fc.conv2d(x, w, **case.arguments)
-        fc.conv2d_backward(dy, x, w, **case.arguments)
+        fc.conv2d_backward(dy, x, w, **case.arguments, needs=(not by_rows(case), True, True))
 
 
 def test_nan_stays_within_its_tile(isa):
@@ -206,16 +241,16 @@ def test_nan_stays_within_its_tile(isa):
     assert not touched.any()
 
 
-def test_strict_precision_refuses_it():
-    case = CASES[0]
+@pytest.mark.parametrize(("case", "plain"), [(CASES[0], "direct"), (CASES_ROWS[0], "first_layer")])
+def test_strict_precision_refuses_it(case, plain):
     data = conv_data(case)
     shapes = case.x_shape, case.w_shape
     assert fc.get_precision() == "default"
-    assert fc.explain("conv2d", *shapes, **case.arguments)[-1] == ("winograd", None)
+    assert fc.explain("conv2d", *shapes, **case.arguments)[-1] == (algorithm(case), None)
     fc.set_precision("strict")
     assert fc.get_precision() == "strict"
     rows = dict(fc.explain("conv2d", *shapes, **case.arguments))
-    assert rows["winograd"] == "strict precision" and rows["direct"] is None
+    assert rows[algorithm(case)] == "strict precision" and rows[plain] is None
     y = fc.conv2d(data.x, data.w, **case.arguments)
     assert_conv_close(y, data.ref["y"], data.abs_ref["y"], case.products["y"])
     with pytest.raises(ValueError, match="strict precision"):
@@ -228,11 +263,17 @@ def test_strict_precision_refuses_it():
 def test_declines_with_a_reason():
     def reason(c: int, h: int, k: int, r: int = 3, **arguments: object) -> str | None:
         shapes = (1, c, h, h), (k, c, r, r)
-        return dict(fc.explain("conv2d", *shapes, **arguments))["winograd"]
+        name = "winograd_rows" if c <= 4 else "winograd"
+        return dict(fc.explain("conv2d", *shapes, **arguments))[name]
 
     assert reason(16, 8, 16, padding=1) is None
     assert reason(16, 8, 16, 5, padding=2) is None
     assert reason(16, 8, 16, padding=2, dilation=2) is None
+    assert reason(3, 5, 1) is None
+    assert "one input channel" in reason(1, 8, 16)
+    assert "fewer than 3 outputs" in reason(3, 4, 16)
+    assert "not 3x3" in reason(3, 8, 16, 5)
+    assert "stride or dilation" in reason(3, 8, 16, stride=2)
     assert "small" in reason(16, 8, 16, padding=7, dilation=7)
     assert "3x3" in reason(16, 8, 16, 4)
     assert "stride" in reason(16, 8, 16, stride=2)

@@ -17,6 +17,8 @@ using first_layer::PaddedRows;
 
 // Pixels of a weight gradient between loads and stores of its sums, at least; dy of so many stays in L2.
 constexpr int64_t kGradientPixels = 192;
+// Parts of a weight gradient that are summed apart: their sums are larger than those of a plain convolution.
+constexpr int64_t kGradientParts = 16;
 
 int64_t row_tiles(const Conv2dProblem& a) { return ceil_divide(a.q, kRowOutputs); }
 
@@ -120,7 +122,7 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
   const TransformedRows source(a);
   const Bands bands(a.n, a.p, 1, 32);
   const int64_t panel_floats = kRowTaps * kPoints * a.c * lanes, part_floats = panels * panel_floats;
-  const int64_t parts = std::min(bands.count(), first_layer::kChunks);
+  const int64_t parts = std::min(bands.count(), kGradientParts);
   const int64_t step_rows = std::clamp<int64_t>(kGradientPixels / a.q, 1, bands.band);
   const int64_t v_floats = source.floats(bands.band);
   // Channels that do not fill a vector are copied to where zeros fill it.

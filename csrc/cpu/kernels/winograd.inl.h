@@ -465,7 +465,9 @@ template <int C, int FIRST, int COUNT> void row_gradient_points(const RowGradien
         for (int c = 0; c < C; ++c)
           acc[p][r * C + c] = fma(set1(v[(FIRST + p) * kFewChannels + c]), points[FIRST + p], acc[p][r * C + c]);
   };
-  const float* next = t.next;
+  // Each call fetches its share, evenly.
+  constexpr int64_t kNext = kRowOutputs * kLanes * COUNT / kPoints;
+  const float* next = t.next + t.rows * (t.columns / kRowOutputs) * kNext * (FIRST / COUNT);
   for (int64_t row = 0; row < t.rows; ++row) {
     const float *dy = t.dy + row * t.dy_row, *v = t.v + row * t.v_row;
     Vec pixels[kRowOutputs];
@@ -473,9 +475,8 @@ template <int C, int FIRST, int COUNT> void row_gradient_points(const RowGradien
     for (; q + kRowOutputs <= t.columns; q += kRowOutputs) {
 #pragma GCC unroll 4
       for (int i = 0; i < kRowOutputs; ++i) pixels[i] = load(dy + i * t.dy_pixel);
-      if (FIRST == 0)
-        for (int i = 0; i < kRowOutputs * kLanes; i += kBlock) prefetch_l2(next + i);
-      next += kRowOutputs * kLanes;
+      for (int64_t i = 0; i < kNext; i += kBlock) prefetch_l2(next + i);
+      next += kNext;
       add_tile(pixels, v);
       dy += kRowOutputs * t.dy_pixel, v += kPoints * kFewChannels;
     }
