@@ -405,6 +405,10 @@ CONV_GROUPS = [
     _C("groups_of_2_dilated", 1, 12, 9, 17, 12, 3, 3, padding=2, dilation=2, groups=6),
     _C("groups_of_8", 1, 24, 6, 7, 24, 3, 3, padding=1, groups=3),
     _C("groups_of_16_s2", 1, 32, 9, 8, 32, 3, 3, stride=2, padding=1, groups=2),
+    # Groups of whole vectors, of which a few share a packed band: more of them than one has, unevenly.
+    _C("groups_of_16", 2, 80, 7, 9, 80, 3, 3, padding=1, groups=5),
+    _C("groups_of_32_s2", 2, 96, 7, 9, 120, 3, 3, stride=2, padding=1, groups=3),
+    _C("groups_of_16_s3_5x5", 1, 80, 10, 8, 80, 5, 5, stride=3, padding=2, groups=5),
     _C("groups_wide", 1, 66, 5, 6, 70, 3, 3, padding=1, groups=2),
     _C("depthwise", 2, 19, 8, 9, 19, 3, 3, padding=1, groups=19),
     _C("depthwise_24_s2", 2, 24, 9, 9, 24, 3, 3, stride=2, padding=1, groups=24),
@@ -432,6 +436,9 @@ CONV_GROUPS = [
 ]
 
 CONV_EXTREMES = [
+    # Taps that read nothing but padding, of columns, of rows and of both.
+    _C("image_in_padding", 2, 18, 2, 3, 20, 7, 7, padding=3),
+    _C("image_in_padding_s2", 1, 18, 3, 2, 34, 5, 7, stride=2, padding=(2, 4)),
     _C("kernel_is_image", 2, 6, 5, 7, 9, 5, 7),
     _C("kernel_is_image_wide", 3, 40, 4, 4, 70, 4, 4),
     _C("kernel_is_padded_image", 1, 6, 5, 7, 9, 7, 9, padding=1),

@@ -36,6 +36,12 @@ void BandAxis::place(int64_t begin, int64_t end) {
   }
 }
 
+Range BandAxis::inside(int64_t tap, int64_t begin, int64_t end) const {
+  const int64_t offset = taps_[tap].shift * step_ + phases_[taps_[tap].phase];
+  const int64_t first = std::clamp(ceiling(-offset, step_), begin, end);
+  return {first, std::clamp(floor_divide(source_size_ - 1 - offset, step_) + 1, first, end)};
+}
+
 Band::Band(const SourceImage& source, const AxisTaps& rows, const AxisTaps& columns)
     : source_(source),
       rows_(rows, source.h, /*keep_outside=*/false),

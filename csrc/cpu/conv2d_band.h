@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/conv2d.h"
+#include "cpu/parallel.h"
 
 namespace fastconv::cpu {
 
@@ -39,6 +40,8 @@ class BandAxis {
     if (!keep_outside_ && (source < 0 || source >= source_size_)) return -1;
     return taps_[tap].phase * per_phase() + t - low_;
   }
+  // Of outputs [begin, end), those that read inside the source under a tap.
+  Range inside(int64_t tap, int64_t begin, int64_t end) const;
 
  private:
   struct Tap {
@@ -71,6 +74,8 @@ class Band {
     if (row < 0) return -1;
     return ((1 + (n - n0_) * rows_.size() + row) * columns_.size() + columns_.index(column_tap, x)) * kBlock;
   }
+  // Of output columns [x0, x1), those that do not read padding under a tap.
+  Range inside_columns(int64_t column_tap, int64_t x0, int64_t x1) const { return columns_.inside(column_tap, x0, x1); }
   // The same place in the row of zeros.
   int64_t zero_offset(int64_t column_tap, int64_t x) const { return columns_.index(column_tap, x) * kBlock; }
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "core/allocator.h"
 #include "cpu/parallel.h"
@@ -14,7 +15,9 @@ namespace fastconv::cpu::direct {
 namespace {
 
 // A packed band should stay in L2 beside the weight panel that runs over it.
-constexpr int64_t kBandFloats = 96 * 1024;
+constexpr int64_t kBandFloats = 48 * 1024;
+// Channel blocks of several groups that share a band, so that a pixel is fetched several cache lines at a time.
+constexpr int64_t kGroupBlocks = 4;
 // Chunks wanted at least, so that many cores find work.
 constexpr int64_t kMinChunks = 32;
 
@@ -36,82 +39,126 @@ Upcoming source_rows(const SourceImage& source, const AxisTaps& rows, const Band
           ((range.n1 - range.n0 - 1) * source.h + end - begin) * row_floats};
 }
 
-// All output pixels of one band for one panel of channels.
-void run_panel(const DirectProblem& d, const Band& band, const BandRange& range, const float* w, int64_t g,
-               int64_t panel, const Panels& panels, std::vector<DirectTile::Tap>& taps, Upcoming& upcoming) {
-  const auto& k = kernels().conv2d;
-  const int64_t row_taps = d.rows.taps.size(), column_taps = d.columns.taps.size();
-  const int64_t channel = g * d.outs + panel * panels.tile_k;
-  const int64_t vectors = panels.width(panel) / panels.lanes;
-  const int64_t width = range.x1 - range.x0;
+// Outputs of an axis that share their taps, which begin at `first` in the axis of all taps.
+struct Phase {
+  AxisTaps axis;
+  int64_t first;
+};
 
-  DirectTile t{};
-  t.taps = taps.data();
+// The axis of all the phases' taps.
+AxisTaps join(const std::vector<AxisTaps>& axes, std::vector<Phase>& phases) {
+  AxisTaps all;
+  all.step = axes[0].step;
+  for (const AxisTaps& axis : axes) {
+    phases.push_back({axis, static_cast<int64_t>(all.taps.size())});
+    all.outputs = std::max(all.outputs, axis.outputs);
+    all.taps.insert(all.taps.end(), axis.taps.begin(), axis.taps.end());
+  }
+  return all;
+}
+
+// Groups of whole channel blocks, of `blocks` each, that may share a band.
+int64_t groups_together(const SourceImage& source, int64_t groups, int64_t blocks, int64_t most_blocks) {
+  if (source.channels % kBlock != 0) return 1;
+  return std::clamp<int64_t>(std::min(most_blocks, kGroupBlocks) / blocks, 1, groups);
+}
+
+// Some panels of channels of one band.
+struct Work {
+  const DirectProblem& d;
+  const Band& band;
+  BandRange range;
+  const float* x;                     // where the group's channels begin in the band
+  std::vector<DirectTile::Tap> taps;  // room for them
+  Upcoming upcoming;
+};
+
+// The outputs of one pair of phases, from `channel` on; `t` has what all tiles of a panel share.
+void run_phase(Work& work, const Phase& rows, const Phase& columns, int64_t channel,
+               const DirectTileFunction (&tile)[2][16], DirectTile& t, int64_t step_floats) {
+  const DirectProblem& d = work.d;
+  const BandRange& range = work.range;
+  const int64_t tile_pixels = kernels().conv2d.tile_pixels;
+  const int64_t row_taps = rows.axis.taps.size(), column_taps = columns.axis.taps.size();
+  const int64_t y1 = std::min(range.y1, rows.axis.outputs), width = std::min(range.x1, columns.axis.outputs) - range.x0;
   t.panel_taps = row_taps * column_taps;
-  t.blocks = band.blocks();
-  t.block_stride = band.block_stride();
-  t.last_channels = d.source.channels - (band.blocks() - 1) * kBlock;
-  t.w = w;
-  const int64_t panel_floats = t.panel_taps * d.source.channels * panels.width(panel);
-  t.bias = d.epilogue.bias ? d.epilogue.bias + channel : nullptr;
-  t.low = d.epilogue.low, t.high = d.epilogue.high;
-  t.row_stride = d.rows.out_step * d.y_w * d.y_pixel;
-  t.pixel_stride = d.columns.out_step * d.y_pixel;
-  t.channels = panels.channels(panel);
-  t.streaming = d.streaming;
-
-  for (int64_t n = range.n0; n < range.n1; ++n)
-    for (int64_t y = range.y0; y < range.y1;) {
-      const int64_t rows = 2 * width <= k.tile_pixels && y + 1 < range.y1 ? 2 : 1;
+  t.row_stride = rows.axis.out_step * d.y_w * d.y_pixel;
+  t.pixel_stride = columns.axis.out_step * d.y_pixel;
+  for (int64_t n = range.n0; n < range.n1 && width > 0; ++n)
+    for (int64_t y = range.y0; y < y1;) {
+      const int64_t pair = 2 * width <= tile_pixels && y + 1 < y1 ? 2 : 1;
       t.tap_count = 0;
       for (int64_t r = 0; r < row_taps; ++r)
         for (int64_t s = 0; s < column_taps; ++s) {
           int64_t at[2] = {-1, -1};
-          for (int64_t i = 0; i < rows; ++i) at[i] = band.offset(r, s, n, y + i, range.x0);
+          for (int64_t i = 0; i < pair; ++i)
+            at[i] = work.band.offset(rows.first + r, columns.first + s, n, y + i, range.x0);
           if (at[0] < 0 && at[1] < 0) continue;  // these rows lie in the padding
-          DirectTile::Tap& tap = taps[t.tap_count++];
-          for (int64_t i = 0; i < rows; ++i)
-            tap.x[i] = band.data() + (at[i] >= 0 ? at[i] : band.zero_offset(s, range.x0));
+          DirectTile::Tap& tap = work.taps[t.tap_count++];
+          for (int64_t i = 0; i < pair; ++i)
+            tap.x[i] = work.x + (at[i] >= 0 ? at[i] : work.band.zero_offset(columns.first + s, range.x0));
           tap.index = r * column_taps + s;
         }
-      const int64_t tiles = ceil_divide(width * rows, k.tile_pixels);
+      const int64_t first = d.output_offset(rows.axis, columns.axis, n, y, range.x0) + channel;
+      const int64_t tiles = ceil_divide(width * pair, tile_pixels);
       for (int64_t i = 0; i < tiles; ++i) {
         const Range part = split(width, tiles, i);
-        const int64_t at = d.output_offset(n, y, range.x0 + part.begin) + channel;
+        const int64_t at = first + part.begin * t.pixel_stride;
         t.x_offset = part.begin * kBlock;
         t.y = d.y + at;
         t.residual = d.epilogue.residual ? d.epilogue.residual + at : nullptr;
-        t.next = upcoming.floats > 0 ? upcoming.at : w;
-        upcoming.at += panel_floats, upcoming.floats -= panel_floats;
-        k.direct[vectors - 1][rows - 1][part.end - part.begin - 1](t);
+        t.next = work.upcoming.floats > 0 ? work.upcoming.at : t.w;
+        work.upcoming.at += t.tap_count * step_floats, work.upcoming.floats -= t.tap_count * step_floats;
+        tile[pair - 1][part.end - part.begin - 1](t);
       }
-      y += rows;
+      y += pair;
     }
 }
 
 }  // namespace
 
 PackedPanels pack_weights(const WeightView& w, int64_t groups, int64_t outs, int64_t ins,
-                          const std::vector<AxisTaps::Tap>& rows, const std::vector<AxisTaps::Tap>& columns,
-                          WeightCache* cache, const char* name) {
+                          const std::vector<std::vector<KernelTap>>& phases, WeightCache* cache, const char* name) {
   const auto& k = kernels().conv2d;
   const Panels panels{outs, k.tile_k, k.lanes};
-  const int64_t taps = rows.size() * columns.size(), panel_floats = taps * ins * k.tile_k;
+  // Where a tap lies in memory, and in a panel that is one channel wide: the first channel block begins at first * ins.
+  struct Tap {
+    int64_t from, first, index, of;
+  };
+  std::vector<Tap> taps;
+  for (const auto& phase : phases) {
+    const int64_t first = taps.size(), of = phase.size();
+    for (int64_t i = 0; i < of; ++i) taps.push_back({phase[i].row * w.row + phase[i].column * w.column, first, i, of});
+  }
+  // In the order in which they lie in memory, perhaps side by side.
+  std::sort(taps.begin(), taps.end(), [](const Tap& a, const Tap& b) { return a.from < b.from; });
+  const int64_t count = taps.size(), panel_floats = count * ins * k.tile_k;
+  bool adjacent = count > 1;
+  for (int64_t i = 0; i < count; ++i) adjacent = adjacent && taps[i].from == i;
   const auto pack_panel = [&](int64_t i, float* dst) {
     const int64_t g = i / panels.count(), panel = i % panels.count(), width = panels.width(panel);
     const float* src = w.data + g * w.group + panel * k.tile_k * w.out;
-    const auto pack = [&](int64_t c, int64_t tap) {
-      const int64_t channels = std::min(kBlock, ins - c), row = tap / columns.size(), column = tap % columns.size();
-      k.pack_weights(src + c * w.in + rows[row].index * w.row + columns[column].index * w.column, w.out, w.in,
-                     panels.channels(panel), channels, width, dst + (c * taps + tap * channels) * width);
+    const auto place = [&](const Tap& tap, int64_t c, int64_t channels) {
+      return (tap.first * ins + tap.of * c + tap.index * channels) * width;
     };
-    // The order in which the weights lie in memory.
+    const auto pack = [&](const Tap& tap, int64_t c) {
+      const int64_t channels = std::min(kBlock, ins - c);
+      k.pack_weights(src + c * w.in + tap.from, w.out, w.in, panels.channels(panel), channels, width,
+                     dst + place(tap, c, channels));
+    };
     if (w.in < w.column)
-      for (int64_t tap = 0; tap < taps; ++tap)
-        for (int64_t c = 0; c < ins; c += kBlock) pack(c, tap);
-    else
+      for (const Tap& tap : taps)
+        for (int64_t c = 0; c < ins; c += kBlock) pack(tap, c);
+    else if (!adjacent)
       for (int64_t c = 0; c < ins; c += kBlock)
-        for (int64_t tap = 0; tap < taps; ++tap) pack(c, tap);
+        for (const Tap& tap : taps) pack(tap, c);
+    else
+      for (int64_t c = 0; c < ins; c += kBlock) {
+        const int64_t channels = std::min(kBlock, ins - c);
+        std::vector<int64_t> places(count);
+        for (int64_t j = 0; j < count; ++j) places[j] = place(taps[j], c, channels);
+        k.pack_taps(src + c * w.in, w.out, w.in, count, panels.channels(panel), channels, width, places.data(), dst);
+      }
   };
   return {PackedWeights(cache, name, groups * panels.count() * panel_floats,
                         [&](float* to) {
@@ -121,38 +168,87 @@ PackedPanels pack_weights(const WeightView& w, int64_t groups, int64_t outs, int
           panel_floats};
 }
 
-void run(const DirectProblem& d) {
+void run(const DirectProblem& d) { run(d, {d.rows}, {d.columns}); }
+
+void run(const DirectProblem& d, const std::vector<AxisTaps>& row_axes, const std::vector<AxisTaps>& column_axes) {
   const auto& k = kernels().conv2d;
   const Panels panels{d.outs, k.tile_k, k.lanes};
-  const PackedPanels weights =
-      pack_weights(d.w, d.groups, d.outs, d.source.channels, d.rows.taps, d.columns.taps, d.cache, "direct");
-  const Band shape(d.source, d.rows, d.columns);
-  const Blocking blocking =
-      choose_blocking(shape, d.images, d.rows.outputs, d.columns.outputs, k.tile_pixels, kBandFloats);
-  const int64_t panel_parts =
-      std::clamp<int64_t>(ceil_divide(kMinChunks, blocking.bands() * d.groups), 1, panels.count());
+  std::vector<Phase> row_phases, column_phases;
+  const AxisTaps rows = join(row_axes, row_phases), columns = join(column_axes, column_phases);
+  std::vector<std::vector<KernelTap>> phase_taps;
+  for (const AxisTaps& row_axis : row_axes)
+    for (const AxisTaps& column_axis : column_axes) {
+      phase_taps.emplace_back();
+      for (const auto& r : row_axis.taps)
+        for (const auto& s : column_axis.taps) phase_taps.back().push_back({r.index, s.index});
+    }
+  const int64_t ins = d.source.channels;
+  const PackedPanels weights = pack_weights(d.w, d.groups, d.outs, ins, phase_taps, d.cache, "direct");
+  SourceImage source = d.source;
+  const int64_t blocks = ceil_divide(ins, kBlock), together = groups_together(source, d.groups, blocks, kGroupBlocks);
+  const int64_t group_parts = ceil_divide(d.groups, together);
+  source.channels *= together;
+  const Band shape(source, rows, columns);
+  const Blocking blocking = choose_blocking(shape, d.images, rows.outputs, columns.outputs, k.tile_pixels, kBandFloats);
+  const int64_t bands = blocking.bands() * group_parts;
+  const int64_t panel_parts = std::clamp<int64_t>(ceil_divide(kMinChunks, bands), 1, panels.count());
   const int64_t band_floats = shape.max_floats(blocking.images, blocking.rows, blocking.columns);
+  const auto range_of = [&](int64_t band) {
+    return band_range(blocking, band / group_parts, d.images, rows.outputs, columns.outputs);
+  };
 
   const int threads = num_threads();
   Buffer scratch(std::max<int64_t>(threads * band_floats, 1) * sizeof(float));
+  // What a thread has packed, for all the parts of its panels.
+  struct Packed {
+    Band band;
+    int64_t index;
+  };
+  std::vector<Packed> packed(threads, Packed{shape, -1});
   parallel_for(
-      blocking.bands() * d.groups * panel_parts,
+      bands * panel_parts,
       [&](int64_t i, int thread) {
-        const int64_t part = i % panel_parts, g = i / panel_parts % d.groups, b = i / panel_parts / d.groups;
-        const BandRange range = band_range(blocking, b, d.images, d.rows.outputs, d.columns.outputs);
-        SourceImage source = d.source;
-        source.first_channel += g * d.source.channels;
-        Band band(source, d.rows, d.columns);
-        band.pack(scratch.as<float>() + thread * band_floats, range);
-        std::vector<DirectTile::Tap> taps(d.rows.taps.size() * d.columns.taps.size());
-        const Range mine = split(panels.count(), panel_parts, part);
+        // As many bands as there are threads take turns, so that a thread is likely to stay with its own.
+        const int64_t turn = i / (threads * panel_parts), at = i % (threads * panel_parts);
+        const int64_t turns = std::min<int64_t>(threads, bands - turn * threads);
+        const int64_t index = turn * threads + at % turns, part = at / turns;
+        const Range groups = split(d.groups, group_parts, index % group_parts);
+        Band& band = packed[thread].band;
+        if (std::exchange(packed[thread].index, index) != index) {
+          SourceImage mine = d.source;
+          mine.first_channel += groups.begin * ins;
+          mine.channels = (groups.end - groups.begin) * ins;
+          band = Band(mine, rows, columns);
+          band.pack(scratch.as<float>() + thread * band_floats, range_of(index));
+        }
+        Work work{
+            d, band, range_of(index), nullptr, std::vector<DirectTile::Tap>(rows.taps.size() * columns.taps.size()),
+            {}};
         // The band that this thread is likely to take next is fetched meanwhile.
-        Upcoming upcoming{nullptr, 0};
-        if (d.groups == 1 && panel_parts == 1 && b + threads < blocking.bands())
-          upcoming = source_rows(d.source, d.rows,
-                                 band_range(blocking, b + threads, d.images, d.rows.outputs, d.columns.outputs));
-        for (int64_t panel = mine.begin; panel < mine.end; ++panel)
-          run_panel(d, band, range, weights.panel(g * panels.count() + panel), g, panel, panels, taps, upcoming);
+        if (d.groups == 1 && part == panel_parts - 1 && index + threads < bands)
+          work.upcoming = source_rows(d.source, rows, range_of(index + threads));
+        DirectTile t{};
+        t.taps = work.taps.data();
+        t.blocks = blocks;
+        t.block_stride = band.block_stride();
+        t.last_channels = ins - (blocks - 1) * kBlock;
+        t.low = d.epilogue.low, t.high = d.epilogue.high;
+        t.streaming = d.streaming;
+        const Range mine = split(panels.count(), panel_parts, part);
+        for (int64_t g = groups.begin; g < groups.end; ++g) {
+          work.x = band.data() + (g - groups.begin) * blocks * band.block_stride();
+          for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
+            const int64_t channel = g * d.outs + panel * panels.tile_k, width = panels.width(panel);
+            t.bias = d.epilogue.bias ? d.epilogue.bias + channel : nullptr;
+            t.channels = panels.channels(panel);
+            t.w = weights.panel(g * panels.count() + panel);
+            for (const Phase& row_phase : row_phases)
+              for (const Phase& column_phase : column_phases) {
+                run_phase(work, row_phase, column_phase, channel, k.direct[width / panels.lanes - 1], t, ins * width);
+                t.w += t.panel_taps * ins * width;
+              }
+          }
+        }
       },
       threads);
 }
@@ -189,33 +285,39 @@ class UpcomingLines {
   int64_t pixel_, count_, parts_, left_;
 };
 
-// Adds one band's share of dw for one panel of channels: acc [channel block][tap][channel][width].
-void add_band(const WeightGradientProblem& d, int64_t channels, const Band& band, const BandRange& range,
-              const Panels& panels, int64_t g, int64_t panel, float* dy, float* acc, UpcomingLines (&upcoming)[2]) {
+// Adds one band's share of dw for one panel of a group's channels, whose blocks in the band begin at first_block:
+// acc [channel block][tap][channel][width].
+void add_band(const WeightGradientProblem& d, int64_t first_block, int64_t channels, const Band& band,
+              const BandRange& range, const Panels& panels, int64_t g, int64_t panel, float* dy, float* acc,
+              UpcomingLines (&upcoming)[2]) {
   const auto& k = kernels().conv2d;
   const int64_t row_taps = d.rows.taps.size(), column_taps = d.columns.taps.size(), taps = row_taps * column_taps;
   const int64_t dy_pixel = d.groups * d.outs, rows = d.rows.outputs, columns = d.columns.outputs;
+  const int64_t width = range.x1 - range.x0;
   WeightTile t{};
-  t.columns = range.x1 - range.x0;
-  t.rows = (range.n1 - range.n0) * (range.y1 - range.y0);
   t.width = panels.width(panel);
   t.dy = dy;
   for (int64_t n = range.n0; n < range.n1; ++n)
-    for (int64_t y = range.y0; y < range.y1; ++y, dy += t.columns * t.width)
+    for (int64_t y = range.y0; y < range.y1; ++y, dy += width * t.width)
       k.pack_slice(d.dy + ((n * rows + y) * columns + range.x0) * dy_pixel + g * d.outs + panel * panels.tile_k,
-                   dy_pixel, t.columns, panels.channels(panel), t.width, dy);
-  std::vector<int64_t> offsets(t.rows);
-  t.row_offsets = offsets.data();
+                   dy_pixel, width, panels.channels(panel), t.width, dy);
+  std::vector<WeightTile::Row> list((range.n1 - range.n0) * (range.y1 - range.y0));
+  t.row = list.data();
   for (int64_t tap = 0; tap < taps; ++tap) {
     const int64_t r = tap / column_taps, s = tap % column_taps;
-    int64_t at = 0;
+    // Padding adds nothing.
+    const Range inside = band.inside_columns(s, range.x0, range.x1);
+    t.columns = inside.end - inside.begin;
+    if (t.columns == 0) continue;
+    t.rows = 0;
+    int64_t at = (inside.begin - range.x0) * t.width;
     for (int64_t n = range.n0; n < range.n1; ++n)
-      for (int64_t y = range.y0; y < range.y1; ++y) {
-        const int64_t offset = band.offset(r, s, n, y, range.x0);
-        offsets[at++] = offset >= 0 ? offset : band.zero_offset(s, range.x0);
+      for (int64_t y = range.y0; y < range.y1; ++y, at += width * t.width) {
+        const int64_t offset = band.offset(r, s, n, y, inside.begin);
+        if (offset >= 0) list[t.rows++] = {offset, at};
       }
-    for (int64_t c = 0; c < band.blocks(); ++c) {
-      t.x = band.data() + c * band.block_stride();
+    for (int64_t c = 0; c * kBlock < channels; ++c) {
+      t.x = band.data() + (first_block + c) * band.block_stride();
       t.channels = std::min(kBlock, channels - c * kBlock);
       if (!upcoming[0].set_next(t) && !upcoming[1].set_next(t)) t.next = t.x, t.next_step = 0;
       t.acc = acc + (c * taps + tap) * kBlock * t.width;
@@ -248,15 +350,18 @@ void run(const WeightGradientProblem& d) {
     b.image_bands = ceil_divide(d.images, b.images);
   }
 
-  // A chunk owns the sums of some panels and some channel blocks of one group, few enough that they and the blocks'
-  // band stay in L2, over one part of the bands; the parts are summed in order at the end.
+  // A chunk owns the sums of some panels and some channel blocks of one group, or of a few small groups, few enough
+  // that they and the blocks' band stay in L2, over one part of the bands; the parts are summed in order at the end.
   const int64_t block_floats = shape.max_floats(b.images, b.rows, b.columns) / shape.blocks();
-  const int64_t block_parts = ceil_divide(
-      shape.blocks(), std::max<int64_t>(kGradientFloats / std::max(block_floats, taps * kBlock * panels.tile_k), 1));
-  const int64_t chunk_blocks = ceil_divide(shape.blocks(), block_parts);
+  const int64_t most_blocks =
+      std::max<int64_t>(kGradientFloats / std::max(block_floats, taps * kBlock * panels.tile_k), 1);
+  const int64_t block_parts = ceil_divide(shape.blocks(), most_blocks);
+  const int64_t together = groups_together(d.source, d.groups, shape.blocks(), most_blocks);
+  const int64_t chunk_blocks = ceil_divide(shape.blocks(), block_parts) * together;
+  const int64_t group_parts = ceil_divide(d.groups, together);
   int64_t panel_parts = ceil_divide(
       panels.count(), std::max<int64_t>(kGradientFloats / (chunk_blocks * taps * kBlock * panels.tile_k), 1));
-  const int64_t slots = d.groups * block_parts;
+  const int64_t slots = group_parts * block_parts;
   const int64_t parts =
       std::clamp<int64_t>(ceil_divide(kGradientChunks, slots * panel_parts), 1, std::min<int64_t>(b.bands(), 16));
   panel_parts = std::clamp(ceil_divide(kGradientChunks, slots * parts), panel_parts, panels.count());
@@ -273,36 +378,41 @@ void run(const WeightGradientProblem& d) {
   parallel_for(
       parts * slots * panel_parts,
       [&](int64_t i, int thread) {
-        const int64_t part = i / slots / panel_parts, g = i / panel_parts / block_parts % d.groups;
+        const int64_t part = i / slots / panel_parts;
+        const Range groups = split(d.groups, group_parts, i / panel_parts / block_parts % group_parts);
         const Range mine = split(panels.count(), panel_parts, i % panel_parts);
         const Range blocks = split(shape.blocks(), block_parts, i / panel_parts % block_parts);
         const Range my_bands = split(b.bands(), parts, part);
+        const int64_t channels = std::min(d.source.channels, blocks.end * kBlock) - blocks.begin * kBlock;
         SourceImage source = d.source;
-        source.first_channel += g * d.source.channels + blocks.begin * kBlock;
-        source.channels = std::min(d.source.channels, blocks.end * kBlock) - blocks.begin * kBlock;
+        source.first_channel += groups.begin * d.source.channels + blocks.begin * kBlock;
+        source.channels = (groups.end - groups.begin) * channels;
         Band band(source, d.rows, d.columns);
-        const auto sums_of = [&](int64_t panel) {
+        const auto sums_of = [&](int64_t g, int64_t panel) {
           return sums.as<float>() + part * part_floats + (g * panels.count() + panel) * panel_floats +
                  blocks.begin * taps * kBlock * panels.width(panel);
         };
-        for (int64_t panel = mine.begin; panel < mine.end; ++panel)
-          std::memset(sums_of(panel), 0,
-                      (blocks.end - blocks.begin) * taps * kBlock * panels.width(panel) * sizeof(float));
+        for (int64_t g = groups.begin; g < groups.end; ++g)
+          for (int64_t panel = mine.begin; panel < mine.end; ++panel)
+            std::memset(sums_of(g, panel), 0,
+                        (blocks.end - blocks.begin) * taps * kBlock * panels.width(panel) * sizeof(float));
         float* packed = scratch.as<float>() + thread * scratch_floats;
+        const int64_t dy_pixel = d.groups * d.outs, first_out = groups.begin * d.outs + mine.begin * panels.tile_k;
+        const int64_t end_out = (groups.end - 1) * d.outs + std::min(d.outs, mine.end * panels.tile_k);
         for (int64_t j = my_bands.begin; j < my_bands.end; ++j) {
           const BandRange range = band_range(b, j, d.images, rows, columns);
           band.pack(packed, range);
           const BandRange next = band_range(b, std::min(j + 1, my_bands.end - 1), d.images, rows, columns);
           const Upcoming x = source_rows(source, d.rows, next);
-          const int64_t next_pixels = (next.n1 - next.n0) * (next.y1 - next.y0) * columns, dy_pixel = d.groups * d.outs;
-          const float* dy =
-              d.dy + (next.n0 * rows + next.y0) * columns * dy_pixel + g * d.outs + mine.begin * panels.tile_k;
+          const int64_t next_pixels = (next.n1 - next.n0) * (next.y1 - next.y0) * columns;
+          const float* dy = d.dy + (next.n0 * rows + next.y0) * columns * dy_pixel + first_out;
           UpcomingLines upcoming[2] = {
               {x.at + source.first_channel, x.floats / source.pixel, source.pixel, source.channels, pixels},
-              {dy, next_pixels, dy_pixel, std::min(d.outs, mine.end * panels.tile_k) - mine.begin * panels.tile_k,
-               pixels}};
-          for (int64_t panel = mine.begin; panel < mine.end; ++panel)
-            add_band(d, source.channels, band, range, panels, g, panel, packed + band_floats, sums_of(panel), upcoming);
+              {dy, next_pixels, dy_pixel, end_out - first_out, pixels}};
+          for (int64_t g = groups.begin; g < groups.end; ++g)
+            for (int64_t panel = mine.begin; panel < mine.end; ++panel)
+              add_band(d, (g - groups.begin) * shape.blocks(), channels, band, range, panels, g, panel,
+                       packed + band_floats, sums_of(g, panel), upcoming);
         }
       },
       threads);
@@ -315,14 +425,24 @@ void write_gradient(const WeightGradientProblem& d, const Panels& panels, int64_
   const int64_t column_taps = d.columns.taps.size(), taps = d.rows.taps.size() * column_taps;
   const int64_t width = panels.width(panel), tap_floats = kBlock * width;
   float* dw = const_cast<float*>(d.dw.data) + g * d.dw.group + panel * panels.tile_k * d.dw.out;
+  const auto& k = kernels().conv2d;
+  const auto ins = [&](int64_t block) { return std::min(kBlock, d.source.channels - block * kBlock); };
+  // Taps side by side in memory are written together.
+  if (taps > 1 && (d.dw.column == 1 || column_taps == 1) && (d.dw.row == column_taps || taps == column_taps)) {
+    std::vector<int64_t> places(taps);
+    for (int64_t tap = 0; tap < taps; ++tap) places[tap] = tap * tap_floats;
+    for (int64_t b = blocks.begin; b < blocks.end; ++b)
+      k.unpack_taps(total + (b - blocks.begin) * taps * tap_floats, width, places.data(), taps, panels.channels(panel),
+                    ins(b), dw + b * kBlock * d.dw.in, d.dw.out, d.dw.in);
+    return;
+  }
   // Blocks in turn, so that neighbouring cache lines of dw are written one after the other.
   for (int64_t tap = 0; tap < taps; ++tap)
     for (int64_t b = blocks.begin; b < blocks.end; ++b)
-      kernels().conv2d.unpack_weights(total + ((b - blocks.begin) * taps + tap) * tap_floats, width,
-                                      panels.channels(panel), std::min(kBlock, d.source.channels - b * kBlock),
-                                      dw + b * kBlock * d.dw.in + d.rows.taps[tap / column_taps].index * d.dw.row +
-                                          d.columns.taps[tap % column_taps].index * d.dw.column,
-                                      d.dw.out, d.dw.in);
+      k.unpack_weights(total + ((b - blocks.begin) * taps + tap) * tap_floats, width, panels.channels(panel), ins(b),
+                       dw + b * kBlock * d.dw.in + d.rows.taps[tap / column_taps].index * d.dw.row +
+                           d.columns.taps[tap % column_taps].index * d.dw.column,
+                       d.dw.out, d.dw.in);
 }
 
 void write_gradient(const WeightGradientProblem& d, float* sums, int64_t parts) {
@@ -408,9 +528,9 @@ WeightGradientProblem weight_gradient_problem(const Conv2dProblem& a, const Back
 void forward(const Conv2dProblem& a, const ForwardArguments& args) { run(forward_problem(a, args)); }
 
 void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) {
+  const auto rows = backward_axes(a.h, a.r, a.stride_h, a.pad_top, a.dilation_h);
   const auto columns = backward_axes(a.w, a.s, a.stride_w, a.pad_left, a.dilation_w);
-  for (const AxisTaps& row_axis : backward_axes(a.h, a.r, a.stride_h, a.pad_top, a.dilation_h))
-    for (const AxisTaps& column_axis : columns) run(backward_problem(a, args, row_axis, column_axis));
+  run(backward_problem(a, args, rows[0], columns[0]), rows, columns);
 }
 
 void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args) {

@@ -22,7 +22,12 @@ struct Panels {
   int64_t width(int64_t i) const { return channels(i) <= lanes ? lanes : tile_k; }
 };
 
-// [group][panel][channel block][tap][channel][width]
+// An element of a kernel.
+struct KernelTap {
+  int64_t row, column;
+};
+
+// [group][panel][phase][channel block][tap of the phase][channel][width]
 struct PackedPanels {
   PackedWeights weights;
   int64_t panel_floats;
@@ -30,8 +35,7 @@ struct PackedPanels {
 };
 // cache: may hold them, as the form of the implementation `name`; or null.
 PackedPanels pack_weights(const WeightView&, int64_t groups, int64_t outs, int64_t ins,
-                          const std::vector<AxisTaps::Tap>& rows, const std::vector<AxisTaps::Tap>& columns,
-                          WeightCache* cache, const char* name);
+                          const std::vector<std::vector<KernelTap>>& phases, WeightCache* cache, const char* name);
 
 // y[n, rows, columns, outs] = clamp(sum over taps and channels of x * w + bias + residual). Outputs go to
 // y[n][h][w][pixel] at the places that the axes name. For every group g the source's first channel is
@@ -48,13 +52,15 @@ struct DirectProblem {
   bool streaming = false;
   WeightCache* cache = nullptr;
 
-  // Where output (row, column) of image n stands in y, its first channel.
-  int64_t output_offset(int64_t n, int64_t row, int64_t column) const {
+  // Where output (row, column) of these axes, of image n, stands in y, its first channel.
+  int64_t output_offset(const AxisTaps& rows, const AxisTaps& columns, int64_t n, int64_t row, int64_t column) const {
     return ((n * y_h + rows.out_first + row * rows.out_step) * y_w + columns.out_first + column * columns.out_step) *
            y_pixel;
   }
 };
 void run(const DirectProblem&);
+// The phases of a strided input gradient, an axis a phase: all pairs of them in one pass over the source.
+void run(const DirectProblem&, const std::vector<AxisTaps>& rows, const std::vector<AxisTaps>& columns);
 
 // dw[g][out][in][taps] = sum over pixels of dy * x, written through the strides of dw.
 struct WeightGradientProblem {

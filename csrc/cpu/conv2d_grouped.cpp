@@ -118,7 +118,7 @@ void run_vector(const direct::DirectProblem& d, const Vectors& vectors, const st
         }
       for (int64_t i = 0; i < tiles; ++i) {
         const Range part = split(width, tiles, i);
-        const int64_t at = d.output_offset(n, y, range.x0 + part.begin) + channel;
+        const int64_t at = d.output_offset(d.rows, d.columns, n, y, range.x0 + part.begin) + channel;
         t.x_offset = part.begin * kBlock;
         t.y = d.y + at;
         t.residual = d.epilogue.residual ? d.epilogue.residual + at : nullptr;
@@ -235,7 +235,9 @@ const char* supports(const Conv2dProblem& a) {
   if (a.groups == 1) return "one group";
   if (a.cg() != a.kg()) return "groups do not read as many channels as they write";
   if (kernels().conv2d.lanes % a.cg() != 0) return "groups do not share a vector evenly";
-  if (a.cg() == kernels().conv2d.lanes && a.stride_h == 1 && a.stride_w == 1) return "a group fills a vector";
+  // The direct engine then packs whole cache lines, or leaves out none of those that it reads.
+  if (a.cg() == kernels().conv2d.lanes && (a.cg() % kBlock == 0 || (a.stride_h == 1 && a.stride_w == 1)))
+    return "a group fills a vector";
   if (a.r * a.s == 1) return "one tap";
   return direct::supports(a);
 }

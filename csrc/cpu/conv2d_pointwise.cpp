@@ -77,7 +77,7 @@ template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& 
   const auto& k = kernels().conv2d;
   const direct::Panels panels{d.outs, k.tile_k, k.lanes};
   const direct::PackedPanels weights =
-      direct::pack_weights(d.w, d.groups, d.outs, d.ins, {{0, 0}}, {{0, 0}}, d.cache, "pointwise");
+      direct::pack_weights(d.w, d.groups, d.outs, d.ins, {{{0, 0}}}, d.cache, "pointwise");
   const bool far = d.from.pixel > kFarChannels;
   const Blocks blocks(a,
                       std::clamp<int64_t>(kBlockFloats / std::max<int64_t>(d.ins, 1), 2 * k.tile_pixels, kBlockPixels));
@@ -219,22 +219,20 @@ int64_t gradient_block(const Conv2dProblem& a) {
 }
 
 // The sums of a block of dw lie in the order [tile of outs][vector of ins][out][lanes], because rows of dw can be so
-// far apart that those of a tile compete for the same sets of L1. visit(place, out, in, how many ins)
-template <class Visit> void for_sums(int64_t outs, int64_t ins, int64_t block_width, Visit&& visit) {
-  const auto& k = kernels().conv2d;
-  const int64_t tiles = ceil_divide(outs, k.strip_sums);
-  for (int64_t j = 0; j < tiles; ++j) {
-    const Range tile = split(outs, tiles, j);
-    for (int64_t o = tile.begin; o < tile.end; ++o)
-      for (int64_t c = 0; c < ins; c += k.lanes)
-        visit(tile.begin * block_width + c * (tile.end - tile.begin) + (o - tile.begin) * k.lanes, o, c,
-              std::min(k.lanes, ins - c));
-  }
+// far apart that those of a tile compete for the same sets of L1. Of one tile: visit(place, out, in, how many ins)
+template <class Visit> void for_sums(Range tile, int64_t ins, int64_t block_width, Visit&& visit) {
+  const int64_t lanes = kernels().conv2d.lanes;
+  for (int64_t o = tile.begin; o < tile.end; ++o)
+    for (int64_t c = 0; c < ins; c += lanes)
+      visit(tile.begin * block_width + c * (tile.end - tile.begin) + (o - tile.begin) * lanes, o, c,
+            std::min(lanes, ins - c));
 }
 
 void store(float* to, int64_t step, const float* from, int64_t count) {
-  if (step == 1) std::memcpy(to, from, count * sizeof(float));
-  for (int64_t i = 0; step != 1 && i < count; ++i) to[i * step] = from[i];
+  if (step == 1 && count == kBlock)
+    std::memcpy(to, from, kBlock * sizeof(float));  // of a size known to the compiler
+  else
+    for (int64_t i = 0; i < count; ++i) to[i * step] = from[i];
 }
 
 }  // namespace
@@ -251,23 +249,47 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
   const int64_t slots = a.groups * k_blocks * c_blocks;
   // Each part of the pixels beyond the first costs a partial sum of the size of dw; they are added in order.
   const int64_t parts = std::clamp<int64_t>(ceil_divide(kGradientChunks, slots), 1, blocks.count());
-  const int64_t row_floats = ceil_divide(cg, k.lanes) * k.lanes, part_floats = a.k * row_floats;
   const auto& stride = args.dw.strides;
-  Buffer sums(parts > 1 ? parts * part_floats * sizeof(float) : sizeof(float));
   const int64_t block_width = ceil_divide(std::min(cg, block_size), k.lanes) * k.lanes;
   const int64_t acc_floats = std::min(kg, block_size) * block_width;
-  const int64_t scratch_floats = acc_floats + blocks.block_rows * blocks.block_columns * k.lanes;
+  const int64_t tail_floats = blocks.block_rows * blocks.block_columns * k.lanes;
   const int threads = num_threads();
-  Buffer scratch(threads * scratch_floats * sizeof(float));
+  // The sums of every slot and part, or of what each thread works on.
+  Buffer sums((parts > 1 ? slots * parts : threads) * acc_floats * sizeof(float));
+  Buffer tails(threads * tail_floats * sizeof(float));
+  const auto outs_of = [&](int64_t slot) {
+    const int64_t begin = slot / c_blocks % k_blocks * block_size;
+    return Range{begin, std::min(kg, begin + block_size)};
+  };
+  const auto ins_of = [&](int64_t slot) {
+    const int64_t begin = slot % c_blocks * block_size;
+    return Range{begin, std::min(cg, begin + block_size)};
+  };
+  const auto tiles_of = [&](int64_t slot) {
+    const Range outs = outs_of(slot);
+    return ceil_divide(outs.end - outs.begin, k.strip_sums);
+  };
+  const auto tile_of = [&](int64_t slot, int64_t j) {
+    const Range outs = outs_of(slot);
+    return split(outs.end - outs.begin, tiles_of(slot), j);
+  };
+  const auto write = [&](int64_t slot, int64_t j, const float* total) {
+    const Range ins = ins_of(slot);
+    const int64_t first = slot / c_blocks / k_blocks * kg + outs_of(slot).begin;
+    for_sums(tile_of(slot, j), ins.end - ins.begin, block_width, [&](int64_t at, int64_t o, int64_t c, int64_t count) {
+      store(args.dw.as<float>() + (first + o) * stride[0] + (ins.begin + c) * stride[1], stride[1], total + at, count);
+    });
+  };
 
   parallel_for(
       slots * parts,
       [&](int64_t i, int thread) {
         const int64_t slot = i % slots, part = i / slots;
-        const int64_t c0 = slot % c_blocks * block_size, c1 = std::min(cg, c0 + block_size);
-        const int64_t k0 = slot / c_blocks % k_blocks * block_size, k1 = std::min(kg, k0 + block_size);
+        const int64_t c0 = ins_of(slot).begin, c1 = ins_of(slot).end;
+        const int64_t k0 = outs_of(slot).begin, k1 = outs_of(slot).end;
         const int64_t g = slot / c_blocks / k_blocks;
-        float *acc = scratch.as<float>() + thread * scratch_floats, *tail = acc + acc_floats;
+        float* acc = sums.as<float>() + (parts > 1 ? i : thread) * acc_floats;
+        float* tail = tails.as<float>() + thread * tail_floats;
         std::memset(acc, 0, acc_floats * sizeof(float));
         StripWeightTile t{};
         t.a_step = to.pixel, t.a_row_step = to.row;
@@ -280,7 +302,7 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
           const float* x_block = x + blocks.offset(block, from) + g * cg;
           t.rows = rows.end - rows.begin, t.columns = columns.end - columns.begin;
           // Rows of the gradient in parts that fit the registers, so that dy of a part stays in L1.
-          const int64_t tiles = ceil_divide(k1 - k0, k.strip_sums);
+          const int64_t tiles = tiles_of(slot);
           const int64_t vectors = ceil_divide(c1 - c0, k.lanes);
           const int64_t next = std::min(block + 1, mine.end - 1);
           const float* dy_next = dy + blocks.offset(next, to) + g * kg + k0;
@@ -293,7 +315,7 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
             tile.next_row_step = of_dy ? to.row : none ? 0 : from.row;
           };
           for (int64_t j = 0; j < tiles; ++j) {
-            const Range outs = split(k1 - k0, tiles, j);
+            const Range outs = tile_of(slot, j);
             t.a = dy_block + outs.begin;
             t.taps = outs.end - outs.begin;
             for (int64_t c = c0; c < c1; c += k.lanes) {
@@ -313,25 +335,22 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
             }
           }
         }
-        for_sums(k1 - k0, c1 - c0, block_width, [&](int64_t at, int64_t o, int64_t c, int64_t count) {
-          const int64_t row = g * kg + k0 + o;
-          if (parts > 1)
-            return store(sums.as<float>() + part * part_floats + row * row_floats + c0 + c, 1, acc + at, count);
-          store(args.dw.as<float>() + row * stride[0] + (c0 + c) * stride[1], stride[1], acc + at, count);
-        });
+        for (int64_t j = 0; parts == 1 && j < tiles_of(slot); ++j) write(slot, j, acc);
       },
       threads);
   if (parts == 1) return;
 
-  parallel_ranges(a.k, std::max<int64_t>((int64_t{1} << 15) / (parts * row_floats), 1),
-                  [&](int64_t begin, int64_t end) {
-                    for (int64_t o = begin; o < end; ++o) {
-                      float* total = sums.as<float>() + o * row_floats;
-                      for (int64_t part = 1; part < parts; ++part)
-                        for (int64_t c = 0; c < cg; ++c) total[c] += total[part * part_floats + c];
-                      for (int64_t c = 0; c < cg; ++c) args.dw.as<float>()[o * stride[0] + c * stride[1]] = total[c];
-                    }
-                  });
+  const int64_t most_tiles = tiles_of(0);
+  parallel_for(slots * most_tiles, [&](int64_t i, int) {
+    const int64_t slot = i / most_tiles, j = i % most_tiles;
+    if (j >= tiles_of(slot)) return;
+    const Range tile = tile_of(slot, j);
+    float* total = sums.as<float>() + slot * acc_floats;
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t at = tile.begin * block_width; at < tile.end * block_width; ++at)
+        total[at] += total[part * slots * acc_floats + at];
+    write(slot, j, total);
+  });
 }
 
 }  // namespace fastconv::cpu::pointwise

@@ -434,9 +434,10 @@ void transform_gradient(const WeightGradientProblem& a, const Axis& rows, const 
 // acc[position][block - blocks.begin][kBlock][width] += v' d over the tiles, for one panel.
 void add_products(const Tiles& tiles, const Block& v, const Block& d, Range blocks, int64_t channels,
                   const Panels& panels, int64_t panel, float* acc, int64_t acc_position) {
-  const int64_t zero = 0, width = panels.width(panel);
+  const int64_t width = panels.width(panel);
+  const WeightTile::Row row{0, 0};
   WeightTile t{};
-  t.row_offsets = &zero;
+  t.row = &row;
   t.rows = 1;
   t.width = width;
   for (int64_t p = 0; p < kPositions; ++p) {

@@ -43,16 +43,19 @@ struct DirectTile : TileOutput {
   int64_t block_stride;   // between channel blocks of x
   int64_t last_channels;  // channels in the last block
   const float* w;         // panel [block][tap][channel][vectors * lanes]
-  const float* next;      // the panel wanted next: one vector * lanes of it is prefetched a step
+  const float* next;      // wanted next: one vector * lanes of it is prefetched a step
 };
 using DirectTileFunction = void (*)(const DirectTile&);
 
 // Weight gradient of one tap: acc[c][0..width) += sum over pixels of x[pixel][c] dy[pixel][0..width), c < kBlock.
 struct WeightTile {
-  const float* x;              // one channel block of a packed band
-  const int64_t* row_offsets;  // of x, one an output row
-  int64_t rows, columns;       // output pixels of the band
-  const float* dy;             // [rows * columns][width], packed
+  struct Row {
+    int64_t x, dy;  // offsets of its first pixel
+  };
+  const float* x;   // one channel block of a packed band
+  const float* dy;  // packed: [pixel][width]
+  const Row* row;
+  int64_t rows, columns;       // pixels
   int64_t width;               // lanes or 2 * lanes
   int64_t channels;            // channels wanted, <= kBlock
   const float* next;           // wanted next: a cache line of it is prefetched for each pixel
@@ -228,6 +231,12 @@ struct Conv2dKernels {
   // The way back: dst[o * out_step + i * in_step] = src[i * width + o]
   void (*unpack_weights)(const float* src, int64_t width, int64_t outs, int64_t ins, float* dst, int64_t out_step,
                          int64_t in_step);
+  // The same of taps that lie side by side: dst[places[t] + i * width + o] = src[o * out_step + i * in_step + t]
+  void (*pack_taps)(const float* src, int64_t out_step, int64_t in_step, int64_t taps, int64_t outs, int64_t ins,
+                    int64_t width, const int64_t* places, float* dst);
+  // The way back: dst[o * out_step + i * in_step + t] = src[places[t] + i * width + o]
+  void (*unpack_taps)(const float* src, int64_t width, const int64_t* places, int64_t taps, int64_t outs, int64_t ins,
+                      float* dst, int64_t out_step, int64_t in_step);
   void (*weight_tile)(const WeightTile&);
   int64_t strip_sums;  // taps of a weight gradient whose sums fit the registers
   void (*strip_weight_tile)(const StripWeightTile&);

@@ -72,6 +72,7 @@ template <int V, int ROWS, int P> void direct_tile(const DirectTile& t) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) acc[p][v] = zero();
 
+  const float* next = t.next;
   for (int64_t b = 0; b < t.blocks; ++b) {
     const int64_t channels = b + 1 < t.blocks ? kBlock : t.last_channels;
     const float* panel = t.w + b * t.panel_taps * kBlock * W;
@@ -79,7 +80,6 @@ template <int V, int ROWS, int P> void direct_tile(const DirectTile& t) {
       const float* x0 = t.taps[i].x[0] + t.x_offset + b * t.block_stride;
       const float* x1 = ROWS > 1 ? t.taps[i].x[1] + t.x_offset + b * t.block_stride : nullptr;
       const float* w = panel + t.taps[i].index * channels * W;
-      const float* next = t.next + (w - t.w);
       const auto step = [&](int64_t c) __attribute__((always_inline)) {
         Vec weights[V];
 #pragma GCC unroll 2
@@ -109,6 +109,7 @@ template <int V, int ROWS, int P> void direct_tile(const DirectTile& t) {
 #pragma GCC unroll 1
         for (int64_t c = 0; c < channels; ++c) step(c);
       }
+      next += channels * W;
     }
   }
 
@@ -182,6 +183,42 @@ void unpack_weights(const float* src, int64_t width, int64_t outs, int64_t ins, 
     for (int64_t i = 0; i < ins; ++i) dst[o * out_step + i * in_step] = src[i * width + o];
 }
 
+// Weights whose taps lie side by side in memory, as those of an NCHW kernel: of each input, the taps of a vector of
+// outputs are one square to be transposed. Bound: memory.
+void pack_taps(const float* src, int64_t out_step, int64_t in_step, int64_t taps, int64_t outs, int64_t ins,
+               int64_t width, const int64_t* places, float* dst) {
+  constexpr int64_t kAhead = 8;  // inputs, which are further apart than the hardware fetches ahead
+  for (int64_t o = 0; o < width; o += kLanes)
+    for (int64_t i = 0; i < ins; ++i)
+      for (int64_t t = 0; t < taps; t += kLanes) {
+        const int64_t count = taps - t < kLanes ? taps - t : kLanes, valid = outs - o;
+        const float* from = src + o * out_step + i * in_step + t;
+        Vec rows[kLanes];
+        for (int j = 0; j < kLanes; ++j) {
+          rows[j] = j < valid ? load_first(from + j * out_step, count) : zero();
+          prefetch(from + j * out_step + kAhead * in_step);
+        }
+        transpose_rows(rows);
+        for (int j = 0; j < kLanes; ++j)
+          if (j < count) store(dst + places[t + j] + i * width + o, rows[j]);
+      }
+}
+
+void unpack_taps(const float* src, int64_t width, const int64_t* places, int64_t taps, int64_t outs, int64_t ins,
+                 float* dst, int64_t out_step, int64_t in_step) {
+  for (int64_t o = 0; o < outs; o += kLanes)
+    for (int64_t i = 0; i < ins; ++i)
+      for (int64_t t = 0; t < taps; t += kLanes) {
+        const int64_t count = taps - t < kLanes ? taps - t : kLanes, valid = outs - o;
+        Vec rows[kLanes];
+        for (int j = 0; j < kLanes; ++j) rows[j] = j < count ? load(src + places[t + j] + i * width + o) : zero();
+        transpose_rows(rows);
+        float* to = dst + o * out_step + i * in_step + t;
+        for (int j = 0; j < kLanes; ++j)
+          if (j < valid) store_first(to + j * out_step, rows[j], count);
+      }
+}
+
 // weight_tile: C channels x V vectors of one tap's weight gradient, summed over a band of pixels.
 // Registers: C*V accumulators + V of dy + 1 broadcast. Bound: FMA; C*V FMAs against C + V loads a pixel.
 template <int C, int V> void weight_tile_part(const WeightTile& t, int64_t c0) {
@@ -192,10 +229,9 @@ template <int C, int V> void weight_tile_part(const WeightTile& t, int64_t c0) {
   for (int c = 0; c < C; ++c)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) acc[c][v] = load(out + c * W + v * kLanes);
-  const float* dy = t.dy;
   const float* next = t.next;
   for (int64_t r = 0; r < t.rows; ++r) {
-    const float* x = t.x + t.row_offsets[r] + c0;
+    const float *x = t.x + t.row[r].x + c0, *dy = t.dy + t.row[r].dy;
 #pragma GCC unroll 2
     for (int64_t q = 0; q < t.columns; ++q, x += kBlock, dy += W, next += t.next_step) {
       prefetch(next);

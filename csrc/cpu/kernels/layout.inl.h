@@ -8,11 +8,8 @@ namespace {
 
 enum class Stores { kPlain, kStreaming };
 
-// dst[i * dst_step + j] = src[j * src_step + i] for a square of kLanes, widened to float: rows i and i + L/2 are
-// zipped, log2(L) times.
-template <Stores STORES, class T>
-inline __attribute__((always_inline)) void transpose_square(const T* src, int64_t src_step, float* dst,
-                                                            int64_t dst_step) {
+// The transpose of a square: rows i and i + L/2 are zipped, log2(L) times.
+inline __attribute__((always_inline)) void transpose_rows(Vec (&rows)[kLanes]) {
   typedef int Index __attribute__((vector_size(sizeof(Vec))));
   Index low, high;
 #pragma GCC unroll 16
@@ -20,14 +17,7 @@ inline __attribute__((always_inline)) void transpose_square(const T* src, int64_
     low[i] = i / 2 + (i % 2) * kLanes;
     high[i] = low[i] + kLanes / 2;
   }
-  Vec rows[kLanes], zipped[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    rows[i] = load(src + i * src_step);
-    // So many rows at once are more streams than the hardware follows.
-    prefetch(src + i * src_step + 4 * kLanes);
-    if (STORES == Stores::kPlain) prefetch(dst + i * dst_step + kLanes);
-  }
+  Vec zipped[kLanes];
 #pragma GCC unroll 4
   for (int stage = 1; stage < kLanes; stage *= 2) {
 #pragma GCC unroll 8
@@ -38,6 +28,21 @@ inline __attribute__((always_inline)) void transpose_square(const T* src, int64_
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) rows[i] = zipped[i];
   }
+}
+
+// dst[i * dst_step + j] = src[j * src_step + i] for a square of kLanes, widened to float.
+template <Stores STORES, class T>
+inline __attribute__((always_inline)) void transpose_square(const T* src, int64_t src_step, float* dst,
+                                                            int64_t dst_step) {
+  Vec rows[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    rows[i] = load(src + i * src_step);
+    // So many rows at once are more streams than the hardware follows.
+    prefetch(src + i * src_step + 4 * kLanes);
+    if (STORES == Stores::kPlain) prefetch(dst + i * dst_step + kLanes);
+  }
+  transpose_rows(rows);
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i)
     if (STORES == Stores::kStreaming)

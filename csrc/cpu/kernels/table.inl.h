@@ -36,6 +36,8 @@ constexpr Conv2dKernels conv2d_kernels() {
       zero_pixels,
       pack_weights<float>,
       unpack_weights,
+      pack_taps,
+      unpack_taps,
       weight_tile,
       kStripSums,
       strip_weight_tile,
