@@ -405,7 +405,7 @@ CONV_GROUPS = [
     _C("groups_of_2_dilated", 1, 12, 9, 17, 12, 3, 3, padding=2, dilation=2, groups=6),
     _C("groups_of_8", 1, 24, 6, 7, 24, 3, 3, padding=1, groups=3),
     _C("groups_of_16_s2", 1, 32, 9, 8, 32, 3, 3, stride=2, padding=1, groups=2),
-    # Groups of whole vectors, of which a few share a packed band: more of them than one has, unevenly.
+    # Groups of whole vectors, a few of which share a packed band: more than one has, unevenly.
     _C("groups_of_16", 2, 80, 7, 9, 80, 3, 3, padding=1, groups=5),
     _C("groups_of_32_s2", 2, 96, 7, 9, 120, 3, 3, stride=2, padding=1, groups=3),
     _C("groups_of_16_s3_5x5", 1, 80, 10, 8, 80, 5, 5, stride=3, padding=2, groups=5),

@@ -79,7 +79,7 @@ def to_stored(x: Array, name: str) -> Any:
         x = _from_dlpack(x, name)
         if cuda.is_device_array(x):
             return x
-    if x.dtype.name == "bfloat16":
+    if x.dtype.isbuiltin != 1 and x.dtype.name == "bfloat16":  # numpy makes up a name in Python
         x = x.view(BFLOAT16)
     if x.dtype.isnative and x.flags.aligned:
         return x
