@@ -57,7 +57,15 @@ RUNS: dict[str, list[str]] = {
         "--budget",
         "5",
     ],
-    "inference": ["bench.inference", "--budget", "3"],
+    "inference": [
+        "bench.inference",
+        "--models",
+        "resnet50,resnet18_cifar,smallcnn",
+        "--batch",
+        "1,8,32",
+        "--budget",
+        "1",
+    ],
 }
 
 
