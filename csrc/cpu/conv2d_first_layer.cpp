@@ -11,8 +11,6 @@
 namespace fastconv::cpu::first_layer {
 namespace {
 
-// Output pixels between loads and stores of a weight gradient's sums, at least; dy of so many stays in L2.
-constexpr int64_t kGradientPixels = 192;
 // Rows of an input gradient's chunk, where there are as many: its first rows of dy are also those of the chunk above.
 constexpr int64_t kInputRows = 16;
 // Planes of dy that a row of the input gradient reads must stay a reasonable workspace.
@@ -81,61 +79,28 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
   const auto& k = kernels().conv2d;
   const auto* dy = static_cast<const float*>(args.dy);
   const PaddedRows source(a, a.q);
-  const Bands bands(a.n, a.p, 1, 32);
-  const int64_t taps = a.s * a.c, panels = ceil_divide(a.k, k.lanes), panel_floats = a.r * taps * k.lanes;
-  const int64_t step_rows = std::clamp<int64_t>(kGradientPixels / a.q, 1, bands.band);
-  const int64_t parts = std::min(bands.count(), kChunks), part_floats = panels * panel_floats;
-  const int64_t x_floats = source.rows(bands.band) * source.row_floats();
-  // Channels that do not fill a vector are copied to where zeros fill it.
-  const int64_t scratch_floats = x_floats + (a.k % k.lanes == 0 ? 0 : step_rows * a.q * k.lanes);
-  Buffer sums(parts * part_floats * sizeof(float));
-  const int threads = num_threads();
-  Buffer scratch(threads * scratch_floats * sizeof(float));
-
+  const int64_t taps = a.s * a.c, panel_floats = a.r * taps * k.lanes;
   StripWeightTile shape{};
   shape.a_step = source.step(), shape.a_row_step = source.output_row(), shape.a_tap_step = source.tap_row();
   shape.columns = a.q;
   shape.tap_rows = a.r, shape.taps = taps;
   shape.acc_step = k.lanes;
   shape.next = dy;  // its next row is fetched anyway
-  parallel_for(
-      parts,
-      [&](int64_t i, int thread) {
-        float* acc = sums.as<float>() + i * part_floats;
-        std::memset(acc, 0, part_floats * sizeof(float));
-        float* packed = scratch.as<float>() + thread * scratch_floats;
+  const Buffer sums = sum_gradient(
+      a, dy, panel_floats, kChunks, [&](int64_t rows) { return source.rows(rows) * source.row_floats(); },
+      [&](int64_t n, Range rows, float* packed) { source.pack(static_cast<const float*>(args.x), n, rows, packed); },
+      [&](const float* packed, const GradientRows& part, float* acc) {
         StripWeightTile t = shape;
-        const Range mine = split(bands.count(), parts, i);
-        for (int64_t band = mine.begin; band < mine.end; ++band) {
-          const int64_t n = bands.image(band);
-          const Range rows = bands.range(band);
-          source.pack(static_cast<const float*>(args.x), n, rows, packed);
-          for (int64_t p = rows.begin; p < rows.end; p += step_rows)
-            for (int64_t panel = 0; panel < panels; ++panel) {
-              const int64_t valid = std::min(k.lanes, a.k - panel * k.lanes);
-              t.rows = std::min(step_rows, rows.end - p);
-              t.a = packed + (p - rows.begin) * source.output_row();
-              t.b = dy + (n * a.p + p) * a.q * a.k + panel * k.lanes;
-              t.b_step = a.k;
-              if (valid < k.lanes) {
-                k.pack_slice(t.b, a.k, t.rows * a.q, valid, k.lanes, packed + x_floats);
-                t.b = packed + x_floats;
-                t.b_step = k.lanes;
-              }
-              t.b_row_step = a.q * t.b_step;
-              t.acc = acc + panel * panel_floats;
-              k.strip_weight_tile(t);
-            }
-        }
-      },
-      threads);
-
-  auto* total = sums.as<float>();
-  for (int64_t part = 1; part < parts; ++part)
-    for (int64_t j = 0; j < part_floats; ++j) total[j] += total[part * part_floats + j];
-  for (int64_t i = 0; i < panels; ++i)
-    for_panel(a, args.dw, i * k.lanes, std::min(k.lanes, a.k - i * k.lanes), k.lanes,
-              [&](int64_t to, int64_t from) { args.dw.as<float>()[to] = total[i * panel_floats + from]; });
+        t.rows = part.rows;
+        t.a = packed + part.after * source.output_row();
+        t.b = part.dy;
+        t.b_step = part.dy_pixel, t.b_row_step = a.q * part.dy_pixel;
+        t.acc = acc;
+        k.strip_weight_tile(t);
+      });
+  for (int64_t o = 0, i = 0; o < a.k; o += k.lanes, ++i)
+    for_panel(a, args.dw, o, std::min(k.lanes, a.k - o), k.lanes,
+              [&](int64_t to, int64_t from) { args.dw.as<float>()[to] = sums.as<float>()[i * panel_floats + from]; });
 }
 
 namespace {

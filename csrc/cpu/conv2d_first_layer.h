@@ -4,13 +4,18 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/allocator.h"
 #include "cpu/conv2d.h"
 #include "cpu/parallel.h"
+#include "cpu/registry.h"
 
 namespace fastconv::cpu::first_layer {
 
 // Chunks wanted: enough for many cores, few enough that the partial sums of the weight gradient stay small.
 constexpr int64_t kChunks = 64;
+
+// Output pixels between loads and stores of a weight gradient's sums, at least; dy of so many stays in L2.
+constexpr int64_t kGradientPixels = 192;
 
 // Rows of outputs, or of inputs, of one image that a chunk works on.
 struct Bands {
@@ -70,6 +75,67 @@ void for_panel(const Conv2dProblem& a, const TensorView& w, int64_t first, int64
         for (int64_t c = 0; c < a.c; ++c)
           visit((first + o) * w.strides[0] + c * w.strides[1] + r * w.strides[2] + s * w.strides[3],
                 ((r * a.s + s) * a.c + c) * width + o);
+}
+
+// Some rows of one image, for one vector of channels of the weight gradient.
+struct GradientRows {
+  int64_t rows, after;  // how many, and how many of the chunk come before them
+  const float* dy;
+  int64_t dy_pixel;
+  const float* next;  // dy wanted next: the share that this vector fetches of the following rows
+};
+
+// The sums of a weight gradient, panel_floats for each vector of channels, over all rows of dy in at most `most_parts`
+// parts, which are then added in order. A part cuts its rows into chunks: prepare(image, rows, scratch) makes of x what
+// a chunk reads, scratch_floats(rows) of it at most; add(scratch, rows of it, sums) is called with sums that began as
+// 0.
+template <class ScratchFloats, class Prepare, class Add>
+Buffer sum_gradient(const Conv2dProblem& a, const float* dy, int64_t panel_floats, int64_t most_parts,
+                    ScratchFloats&& floats_of, Prepare&& prepare, Add&& add) {
+  const auto& k = kernels().conv2d;
+  const Bands bands(a.n, a.p, 1, 32);
+  const int64_t panels = ceil_divide(a.k, k.lanes), part_floats = panels * panel_floats;
+  const int64_t parts = std::min(bands.count(), most_parts);
+  const int64_t step_rows = std::clamp<int64_t>(kGradientPixels / a.q, 1, bands.band);
+  const int64_t x_floats = floats_of(bands.band);
+  // Channels that do not fill a vector are copied to where zeros fill it.
+  const int64_t scratch_floats = x_floats + (a.k % k.lanes == 0 ? 0 : step_rows * a.q * k.lanes);
+  Buffer sums(parts * part_floats * sizeof(float));
+  const int threads = num_threads();
+  Buffer scratch(threads * scratch_floats * sizeof(float));
+  parallel_for(
+      parts,
+      [&](int64_t i, int thread) {
+        float* acc = sums.as<float>() + i * part_floats;
+        std::memset(acc, 0, part_floats * sizeof(float));
+        float* prepared = scratch.as<float>() + thread * scratch_floats;
+        const Range mine = split(bands.count(), parts, i);
+        for (int64_t band = mine.begin; band < mine.end; ++band) {
+          const int64_t n = bands.image(band);
+          const Range rows = bands.range(band);
+          prepare(n, rows, prepared);
+          for (int64_t p = rows.begin; p < rows.end; p += step_rows)
+            for (int64_t panel = 0; panel < panels; ++panel) {
+              const int64_t valid = std::min(k.lanes, a.k - panel * k.lanes);
+              const float* first = dy + (n * a.p + p) * a.q * a.k;
+              GradientRows part{std::min(step_rows, rows.end - p), p - rows.begin, first + panel * k.lanes, a.k,
+                                nullptr};
+              part.next = first + part.rows * a.q * a.k + panel * part.rows * a.q * k.lanes;
+              if (valid < k.lanes) {
+                k.pack_slice(part.dy, a.k, part.rows * a.q, valid, k.lanes, prepared + x_floats);
+                part.dy = prepared + x_floats;
+                part.dy_pixel = k.lanes;
+              }
+              add(prepared, part, acc + panel * panel_floats);
+            }
+        }
+      },
+      threads);
+
+  auto* total = sums.as<float>();
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t j = 0; j < part_floats; ++j) total[j] += total[part * part_floats + j];
+  return sums;
 }
 
 }  // namespace fastconv::cpu::first_layer

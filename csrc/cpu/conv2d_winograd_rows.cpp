@@ -13,10 +13,9 @@ namespace {
 
 using first_layer::Bands;
 using first_layer::for_panel;
+using first_layer::GradientRows;
 using first_layer::PaddedRows;
 
-// Pixels of a weight gradient between loads and stores of its sums, at least; dy of so many stays in L2.
-constexpr int64_t kGradientPixels = 192;
 // Parts of a weight gradient that are summed apart: their sums are larger than those of a plain convolution.
 constexpr int64_t kGradientParts = 16;
 
@@ -117,65 +116,30 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
 
 void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args) {
   const auto& k = kernels().winograd;
-  const int64_t lanes = kernels().conv2d.lanes, panels = ceil_divide(a.k, lanes);
-  const auto* dy = static_cast<const float*>(args.dy);
+  const int64_t lanes = kernels().conv2d.lanes, panel_floats = kRowTaps * kPoints * a.c * lanes;
   const TransformedRows source(a);
-  const Bands bands(a.n, a.p, 1, 32);
-  const int64_t panel_floats = kRowTaps * kPoints * a.c * lanes, part_floats = panels * panel_floats;
-  const int64_t parts = std::min(bands.count(), kGradientParts);
-  const int64_t step_rows = std::clamp<int64_t>(kGradientPixels / a.q, 1, bands.band);
-  const int64_t v_floats = source.floats(bands.band);
-  // Channels that do not fill a vector are copied to where zeros fill it.
-  const int64_t scratch_floats = v_floats + (a.k % lanes == 0 ? 0 : step_rows * a.q * lanes);
-  Buffer sums(parts * part_floats * sizeof(float));
-  const int threads = num_threads();
-  Buffer scratch(threads * scratch_floats * sizeof(float));
-
   RowGradient shape{};
   shape.v_row = source.row();
   shape.in_channels = a.c;
   shape.columns = a.q;
-  parallel_for(
-      parts,
-      [&](int64_t i, int thread) {
-        float* acc = sums.as<float>() + i * part_floats;
-        std::memset(acc, 0, part_floats * sizeof(float));
-        float* v = scratch.as<float>() + thread * scratch_floats;
+  const Buffer sums = first_layer::sum_gradient(
+      a, static_cast<const float*>(args.dy), panel_floats, kGradientParts,
+      [&](int64_t rows) { return source.floats(rows); },
+      [&](int64_t n, Range rows, float* v) { source.transform(static_cast<const float*>(args.x), n, rows, v); },
+      [&](const float* v, const GradientRows& part, float* acc) {
         RowGradient t = shape;
-        const Range mine = split(bands.count(), parts, i);
-        for (int64_t band = mine.begin; band < mine.end; ++band) {
-          const int64_t n = bands.image(band);
-          const Range rows = bands.range(band);
-          source.transform(static_cast<const float*>(args.x), n, rows, v);
-          for (int64_t p = rows.begin; p < rows.end; p += step_rows)
-            for (int64_t panel = 0; panel < panels; ++panel) {
-              const int64_t valid = std::min(lanes, a.k - panel * lanes);
-              t.rows = std::min(step_rows, rows.end - p);
-              t.v = v + (p - rows.begin) * source.row();
-              t.dy = dy + (n * a.p + p) * a.q * a.k + panel * lanes;
-              t.dy_pixel = a.k;
-              // Every panel fetches its share of the next rows.
-              t.next = dy + (n * a.p + p + t.rows) * a.q * a.k + panel * t.rows * a.q * lanes;
-              if (valid < lanes) {
-                kernels().conv2d.pack_slice(t.dy, a.k, t.rows * a.q, valid, lanes, v + v_floats);
-                t.dy = v + v_floats;
-                t.dy_pixel = lanes;
-              }
-              t.dy_row = a.q * t.dy_pixel;
-              t.acc = acc + panel * panel_floats;
-              k.row_gradient(t);
-            }
-        }
-      },
-      threads);
-
-  auto* total = sums.as<float>();
-  for (int64_t part = 1; part < parts; ++part)
-    for (int64_t j = 0; j < part_floats; ++j) total[j] += total[part * part_floats + j];
+        t.rows = part.rows;
+        t.v = v + part.after * source.row();
+        t.dy = part.dy;
+        t.dy_pixel = part.dy_pixel, t.dy_row = a.q * part.dy_pixel;
+        t.next = part.next;
+        t.acc = acc;
+        k.row_gradient(t);
+      });
   Buffer taps(kRowTaps * kRowTaps * a.c * lanes * sizeof(float));
-  for (int64_t i = 0; i < panels; ++i) {
-    k.row_weight_gradient(total + i * panel_floats, a.c, taps.as<float>());
-    for_panel(a, args.dw, i * lanes, std::min(lanes, a.k - i * lanes), lanes,
+  for (int64_t o = 0, i = 0; o < a.k; o += lanes, ++i) {
+    k.row_weight_gradient(sums.as<float>() + i * panel_floats, a.c, taps.as<float>());
+    for_panel(a, args.dw, o, std::min(lanes, a.k - o), lanes,
               [&](int64_t to, int64_t from) { args.dw.as<float>()[to] = taps.as<float>()[from]; });
   }
 }
