@@ -31,6 +31,7 @@ WRITTEN = {
     "add_to": ("a",),
     "batch_norm": ("running_mean", "running_var"),
     "batch_norm_train": ("running_mean", "running_var"),
+    "batch_norm_max_pool_train": ("running_mean", "running_var"),
 }
 # These take shapes, no arrays.
 OF_SHAPES = {"conv2d_output_shape", "explain"}

@@ -5,7 +5,7 @@
 #include "device/batch_norm.h"
 
 #include "cuda/activation.h"
-#include "cuda/columns.h"
+#include "cuda/windows.h"
 
 namespace fastconv::cuda {
 namespace {
@@ -137,6 +137,20 @@ template <class T, int WIDTH> struct ForwardBody {
 #pragma unroll
     for (int j = 0; j < WIDTH; ++j) z[j] = activate(args.activation, z[j]);
     store_channels<WIDTH>(y, at, z);
+  }
+};
+
+// The image that batch norm would write, for the pooling behind it: rounded as if it had.
+template <class T, int WIDTH> struct NormalizedImage {
+  using Channels = typename Normalized<T, WIDTH>::Channels;
+  Normalized<T, WIDTH> args;
+  FC_HOST_DEVICE void prepare(int64_t channel, Channels& c) const { args.prepare(channel, c); }
+  FC_HOST_DEVICE void load(int64_t at, const Channels& c, Acc<T> (&values)[WIDTH]) const {
+    Acc<T> distance[WIDTH];
+    args.load(at, c, distance, values);
+#pragma unroll
+    for (int j = 0; j < WIDTH; ++j)
+      values[j] = static_cast<Acc<T>>(static_cast<T>(activate(args.activation, values[j])));
   }
 };
 
@@ -341,8 +355,24 @@ void batch_norm_backward(const BatchNormProblem& a, const BatchNormArguments& gi
     input_gradient<T>(a, args, dy, training ? totals : nullptr, totals + a.channels(), a.rows(), out.dx, dresidual);
   });
 }
-void batch_norm_max_pool(const BatchNormProblem&, const BatchNormArguments&, const Pool2dProblem&, void*, uint8_t*) {
-  throw TypeError("batch_norm_max_pool_train is not supported on a CUDA device: use batch_norm_train and max_pool2d");
+
+void batch_norm_max_pool(const BatchNormProblem& a, const BatchNormArguments& args, const Pool2dProblem& pool, void* y,
+                         uint8_t* places) {
+  const int64_t outputs = pool.n * pool.p() * pool.q() * pool.c;
+  if (outputs == 0) return;
+  dispatch_real(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    with_width<T>(
+        a.channels(),
+        [&](auto width) {
+          constexpr int kWidth = decltype(width)::value;
+          using Image = NormalizedImage<T, kWidth>;
+          for_each(outputs / kWidth,
+                   Maximum<T, kWidth, uint8_t, Image>{make_geometry(pool), Image{Normalized<T, kWidth>(args)},
+                                                      static_cast<T*>(y), nullptr, places});
+        },
+        args.x, y, places);
+  });
 }
 
 }  // namespace fastconv::cuda

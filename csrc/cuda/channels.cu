@@ -1,8 +1,7 @@
 // Joining and splitting are copies of blocks of bytes; gating is a product, and a sum over the pixels of each image.
 #include "device/channels.h"
 
-#include "core/allocator.h"
-#include "cuda/launch.h"
+#include "cuda/columns.h"
 
 namespace fastconv::cuda {
 namespace {
@@ -46,13 +45,20 @@ int64_t row_bytes(const std::vector<Slice>& slices) {
   return total;
 }
 
-template <class T> struct Gate {
+// A thread takes WIDTH channels of a pixel.
+template <class T, int WIDTH> struct Gate {
   int64_t pixels, channels;
-  const T *x, *gate;
+  const T *x, *gate, *bias;
   T* y;
   FC_HOST_DEVICE void operator()(int64_t i) const {
-    const int64_t c = i % channels, image = i / channels / pixels;
-    y[i] = T(static_cast<Acc<T>>(x[i]) * static_cast<Acc<T>>(gate[image * channels + c]));
+    const int64_t units = channels / WIDTH, at = i / units / pixels * channels + i % units * WIDTH;
+    Acc<T> v[WIDTH], factor[WIDTH], addend[WIDTH] = {};
+    load_channels<WIDTH>(x, i * WIDTH, v);
+    load_channels<WIDTH>(gate, at, factor);
+    if (bias) load_channels<WIDTH>(bias, at, addend);
+#pragma unroll
+    for (int j = 0; j < WIDTH; ++j) v[j] = v[j] * factor[j] + addend[j];
+    store_channels<WIDTH>(y, i * WIDTH, v);
   }
 };
 
@@ -107,11 +113,18 @@ void split(int64_t outer, const char* joined, const std::vector<Slice>& slices) 
 
 void channel_gate(DType dtype, int64_t images, int64_t pixels, int64_t channels, const void* x, const void* gate,
                   const void* bias, void* y) {
-  FC_CHECK_TYPE(bias == nullptr, "the bias of channel_gate is not supported on a CUDA device");
+  if (images * pixels * channels == 0) return;
   dispatch_real(dtype, [&](auto t) {
     using T = decltype(t);
-    for_each(images * pixels * channels,
-             Gate<T>{pixels, channels, static_cast<const T*>(x), static_cast<const T*>(gate), static_cast<T*>(y)});
+    with_width<T>(
+        channels,
+        [&](auto width) {
+          constexpr int kWidth = decltype(width)::value;
+          for_each(images * pixels * channels / kWidth,
+                   Gate<T, kWidth>{pixels, channels, static_cast<const T*>(x), static_cast<const T*>(gate),
+                                   static_cast<const T*>(bias), static_cast<T*>(y)});
+        },
+        x, gate, bias, y);
   });
 }
 

@@ -59,7 +59,7 @@ void batch_norm_backward(const BatchNormProblem&, const BatchNormArguments&, con
 
 // Followed by max pooling in the same pass: the normalised image is not written. y and places: those of max_pool2d. No
 // residual. The backward passes stay apart: making the gradient of the image in the cache, twice, costs more than it
-// saves (3 to 17% slower, by shape). Of the CPU alone: TypeError on a CUDA device.
+// saves (on a CPU 3 to 17% slower, by shape).
 void batch_norm_max_pool(const BatchNormProblem&, const BatchNormArguments&, const Pool2dProblem&, void* y,
                          uint8_t* places);
 

@@ -6,7 +6,7 @@
 namespace fastconv::FASTCONV_DEVICE {
 
 // indices: of the maxima in the plane; places: their numbers in the windows, row-major over the part inside the image,
-// for windows of at most 256 elements, of the CPU alone: TypeError on a CUDA device. Like y; one or both null.
+// for windows of at most 256 elements. Like y; one or both null.
 void max_pool2d(const Pool2dProblem&, const void* x, void* y, int64_t* indices, uint8_t* places);
 // The maxima are found again in x.
 void max_pool2d_backward(const Pool2dProblem&, const void* dy, const void* x, void* dx);

@@ -188,17 +188,10 @@ def batch_norm_max_pool2d(
 ) -> Tensor:
     """max_pool2d(batch_norm(x)) in training, for windows of at most 256 elements without overlap.
 
-    With the bits of the two operations, which would write the image in between, and do on a CUDA
-    device.
+    With the bits of the two operations, which would write the image in between.
     """
     check_activation(activation)
     inputs = (as_tensor(x), optional_tensor(weight), optional_tensor(bias))
-    if cuda.is_device_array(inputs[0].data):
-        normalised = batch_norm(
-            inputs[0], running_mean, running_var, weight, bias, True, momentum, eps,
-            activation=activation,
-        )  # fmt: skip
-        return max_pool2d(normalised, kernel_size, stride)
     xd, wd, bd = (_data(t) for t in inputs)
     y, places, mean, rstd = ops.batch_norm_max_pool_train(
         xd, wd, bd, running_mean, running_var, momentum, eps, kernel_size, stride,
@@ -283,7 +276,7 @@ def max_pool2d(
     """Largest value of each window, and its flat index in the H*W plane (int64) where asked for.
 
     For the backward a byte is kept for each value, and nothing of x (for kernels of more than 256
-    elements, and on a CUDA device, x).
+    elements, x).
     """
     x = as_tensor(x)
     sizes = (kernel_size, stride, padding, dilation, ceil_mode)
@@ -304,7 +297,7 @@ def max_pool2d(
 
 
 def _keeps_places(x: Tensor, kernel_size: Pair) -> bool:
-    if cuda.is_device_array(x.data) or not records((x,)):
+    if not records((x,)):
         return False
     return math.prod(pair(kernel_size, "kernel_size")) <= 256
 
@@ -522,20 +515,19 @@ def channel_gate_by_mean(x: Input, gate_of: Callable[[Tensor], Tensor]) -> Tenso
     """channel_gate(x, gate_of(mean)), mean[N,C,1,1] that of each channel's plane.
 
     The backward writes the gradient of x once, its share through the gate and that through the mean
-    together: the operations one by one would write both, and read both to add them. On a CUDA
-    device they do.
+    together: the operations one by one would write both, and read both to add them.
     """
     x = as_tensor(x)
     xd = x.data
-    if cuda.is_device_array(xd):
-        return channel_gate(x, gate_of(adaptive_avg_pool2d(x, 1)))
+    pixels = xd.shape[2] * xd.shape[3]
     outer: list[tuple[Array, Array]] = []  # dy and gate, from the backward of the product
 
     def mean_backward(dmean: Array, _: Needs) -> Sequence[Array | None]:
         if not outer:  # the mean without the product
             return (ops.adaptive_avg_pool2d_backward(dmean, xd),)
         dy, gate = outer.pop()
-        return (ops.channel_gate(dy, gate, dmean / dmean.dtype.type(xd.shape[2] * xd.shape[3])),)
+        share = ops.avg_pool2d_backward(dmean, dmean, 1, divisor_override=pixels)
+        return (ops.channel_gate(dy, gate, share),)
 
     mean = apply(ops.adaptive_avg_pool2d(xd, 1), (x,), mean_backward)
     gate = gate_of(mean)

@@ -39,8 +39,7 @@ def channel_gate(x: Array, gate: Array, bias: Array | None = None) -> Array:
     """x * gate + bias: x (N, C, H, W), gate and bias (N, C, 1, 1), float32 or float64.
 
     Laid out like x. The scaling step of squeeze and excitation (Hu et al., arXiv 1709.01507,
-    equation 4), and with a bias its gradient: through the gate, and through the mean. A bias is
-    not supported on a CUDA device (TypeError).
+    equation 4), and with a bias its gradient: through the gate, and through the mean.
     """
     addend = None if bias is None else operand(bias, "bias")
     return like(kernels.channel_gate(operand(x, "input"), operand(gate, "gate"), addend), x)

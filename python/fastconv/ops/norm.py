@@ -293,7 +293,7 @@ def batch_norm_max_pool_train(
     Without the normalised image in memory, and with the bits of the two. No padding; windows have
     at most 256 elements, and should not overlap: rows that two of them share are normalised twice.
     Returns (y, places, mean, rstd), y and places those of max_pool2d. The backward is that of
-    max_pool2d, then :func:`batch_norm_backward`. Not on a CUDA device: TypeError.
+    max_pool2d, then :func:`batch_norm_backward`.
     """
     kernel = pair(kernel_size, "kernel_size")
     y, places, mean, rstd = kernels.batch_norm_max_pool_train(

@@ -49,7 +49,7 @@ def max_pool2d(
         return_indices: also return where the maxima are: int64, flat index in the H * W plane.
         return_places: in their stead a byte each, which is all that the backward needs of x: uint8,
             the number of the maximum among the elements of its window that lie in the image. For
-            kernels of at most 256 elements; not on a CUDA device (TypeError).
+            kernels of at most 256 elements.
 
     Returns:
         y, or (y, indices) or (y, places) of the same shape and layout.
