@@ -293,6 +293,36 @@ def test_with_max_pooling(shape, kernel, stride, activation, dtype, isa):
         assert is_channels_last(y) == is_channels_last(right)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", [1, 9])
+def test_moments_of_a_convolution(size, bias, isa):
+    """The bits of the two operations, and of a batch norm, pooled or not, that is given them."""
+    x, w = normal("x", shape=(2, 5, size, size)), normal("w", shape=(19, 5, 3, 3))
+    b = normal("b", shape=(19,)) if bias else None
+    y, moments = fc.conv2d_moments(x, w, b, padding=1)
+    assert_same_bits(y, fc.conv2d(x, w, b, padding=1))
+    assert_same_bits(moments, fc.batch_norm_moments(y))
+    settings, known = (None, None, None, None, 0.1, EPS), (2 * size * size, *moments)
+    for pooled in (False, True):
+        function = fc.batch_norm_max_pool_train if pooled else fc.batch_norm_train
+        window = (1,) if pooled else ()
+        for a, b in zip(
+            function(y, *settings, *window, moments=known), function(y, *settings, *window),
+            strict=True,
+        ):  # fmt: skip
+            assert_same_bits(a, b)
+
+
+def test_moments_of_an_empty_convolution(isa):
+    y, moments = fc.conv2d_moments(np.zeros((0, 3, 4, 4), "f"), np.zeros((2, 3, 3, 3), "f"))
+    assert y.shape == (0, 2, 2, 2)
+    assert_same_bits(moments, np.zeros((2, 2)))
+    y, moments = fc.conv2d_moments(
+        np.zeros((1, 0, 4, 4), "f"), np.zeros((2, 0, 3, 3), "f"), np.array([3, -1], "f")
+    )
+    assert_same_bits(moments, np.array([[3.0, -1.0], [0.0, 0.0]]))
+
+
 def test_with_max_pooling_refuses():
     train = (normal("x", shape=(1, 3, 20, 20)), None, None, None, None, 0.1, EPS)
     with pytest.raises(ValueError, match="at most 256 elements, got 17 x 17"):

@@ -58,6 +58,32 @@ def test_a_training_step_follows_the_cpu():
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+def test_batch_norm_has_its_statistics_from_the_convolution(monkeypatch):
+    """In training, of a pair that nothing looks into; with the values of the two layers."""
+    calls = []
+    fused = F.conv2d_moments
+    monkeypatch.setattr(F, "conv2d_moments", lambda *a, **k: calls.append(True) or fused(*a, **k))
+    layers = nn.Sequential(nn.Conv2d(16, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU())
+    apart = copy.deepcopy(layers).to("cuda")
+    together = copy.deepcopy(layers).to("cuda")
+    images = normal(3, 16, 7, 9)
+    results = []
+    for model in (together, apart):
+        calls.clear()
+        x = Tensor(cuda.array(images), requires_grad=True)
+        with cuda.autocast("bfloat16"):
+            y = model(x) if model is together else model[2](model[1](model[0](x)))
+        assert bool(calls) == (model is together)
+        (y * y).sum().backward()
+        numbers = [y.data, x.grad, model[0].weight.grad, model[1].running_var]
+        results.append([cuda.to_numpy(a).astype(np.float32) for a in numbers])
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02 * np.abs(b).max())
+    calls.clear()
+    together.eval()(cuda.array(images))
+    assert not calls
+
+
 def test_autocast_computes_in_16_bits_and_keeps_float32_parameters():
     conv = nn.Conv2d(16, 16, 3, padding=1).to("cuda")
     with cuda.autocast("bfloat16"):

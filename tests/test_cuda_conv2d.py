@@ -113,6 +113,30 @@ def test_exact_sums(name: str, case: ConvCase, dtype: str) -> None:
         np.testing.assert_array_equal(got, rounded(expected[role], dtype), role)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_moments(name: str, case: ConvCase, dtype: str) -> None:
+    """Of y as it is rounded, with a bias far from zero; y has the bits that it has without them."""
+    x, w, _ = operands(case, dtype)
+    bias = cuda.array(np.arange(case.k, dtype=np.float32) * 8 - 40, dtype)
+    try:
+        with forced(name):
+            y = fastconv.conv2d(x, w, bias, **case.arguments)
+            same, moments = fastconv.conv2d_moments(x, w, bias, **case.arguments)
+    except ValueError as error:
+        if "declines" not in str(error):
+            raise
+        pytest.skip(f"{name} declines")
+    numbers = cuda.to_numpy(y).astype(np.float64)
+    np.testing.assert_array_equal(cuda.to_numpy(same).astype(np.float64), numbers)
+    mean, squares = cuda.to_numpy(moments)
+    right = numbers.mean((0, 2, 3))
+    distances = ((numbers - right[:, None, None]) ** 2).sum((0, 2, 3))
+    np.testing.assert_allclose(mean, right, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(squares, distances, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_every_implementation_is_exercised(name: str) -> None:
     assert any(results(name, case, operands(case, "bfloat16")) for case in SHAPES)

@@ -34,6 +34,7 @@ class Exporter:
 # Every public function on arrays, with numpy arguments.
 CALLS = {
     "conv2d": (X, W, B),
+    "conv2d_moments": (X, W, B),
     "conv2d_backward": (normal("dy", shape=(2, 21, 5, 6)), X, W),
     "conv_transpose2d": (X, normal("wt", shape=(19, 4, 3, 3))),
     "conv_transpose2d_backward": (

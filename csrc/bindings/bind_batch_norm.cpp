@@ -84,8 +84,42 @@ Array batch_norm_moments(const Array& x_in) {
   return moments;
 }
 
-// The moments of the whole batch where x is a part of it: (count, mean, squares).
+// (count, mean, squares) of the batch, where x is a part of it or whoever made x has taken them.
 using GivenMoments = std::optional<std::tuple<int64_t, Array, Array>>;
+
+// The statistics of a batch in training: its moments, given or taken of x, and what follows from them.
+class BatchStatistics {
+ public:
+  BatchStatistics(const BatchNormProblem& problem, const GivenMoments& given)
+      : problem_(problem), count_(given ? std::get<0>(*given) : problem.rows()) {
+    FC_CHECK(!given || (count_ >= problem.rows() && count_ != 1),
+             "the whole batch must have more than one value per channel and those of the input, got ", count_, " and ",
+             problem.rows());
+    if (given) {
+      mean_.emplace(MaybeArray(std::get<1>(*given)), "mean", problem, DType::kFloat64);
+      squares_.emplace(MaybeArray(std::get<2>(*given)), "squares", problem, DType::kFloat64);
+    }
+  }
+  // Without the GIL: mean and rstd, and the running statistics of a batch that is not empty.
+  void take(const void* x, void* mean, void* rstd, double momentum, RunningVector& running_mean,
+            RunningVector& running_var) const {
+    const int64_t channels = std::max<int64_t>(problem_.channels(), 1);
+    const Buffer variance(channels * itemsize(problem_.parameter_dtype())),
+        own(mean_ ? 0 : 2 * channels * sizeof(double));
+    device::Moments moments{count_, mean_ ? mean_->doubles() : own.as<double>(),
+                            mean_ ? squares_->doubles() : own.as<double>() + channels};
+    if (!mean_) device::batch_norm_moments(problem_, x, own.as<double>(), own.as<double>() + channels);
+    device::batch_norm_statistics(problem_, moments, mean, rstd, variance.as<void>());
+    if (count_ == 0) return;
+    running_mean.update(mean, momentum);
+    running_var.update(variance.as<void>(), momentum);
+  }
+
+ private:
+  const BatchNormProblem& problem_;
+  int64_t count_;
+  std::optional<ChannelVector> mean_, squares_;
+};
 
 std::tuple<Array, Array, Array> batch_norm_train(const Array& x_in, const MaybeArray& weight_in,
                                                  const MaybeArray& bias_in, const MaybeArray& mean_in,
@@ -95,14 +129,7 @@ std::tuple<Array, Array, Array> batch_norm_train(const Array& x_in, const MaybeA
   const Activation activation = parse_activation(activation_name);
   const TensorView x_view = view(x_in, "input");
   const BatchNormProblem problem = make_batch_norm(x_view.dtype, shape4(x_view, "input"), eps, !given);
-  const int64_t count = given ? std::get<0>(*given) : problem.rows();
-  FC_CHECK(!given || (count >= problem.rows() && count != 1),
-           "the whole batch must have more than one value per channel and those of the input, got ", count, " and ",
-           problem.rows());
-  const ChannelVector given_mean(given ? MaybeArray(std::get<1>(*given)) : std::nullopt, "mean", problem,
-                                 DType::kFloat64);
-  const ChannelVector given_squares(given ? MaybeArray(std::get<2>(*given)) : std::nullopt, "squares", problem,
-                                    DType::kFloat64);
+  const BatchStatistics statistics(problem, given);
   const ChannelVector weight(weight_in, "weight", problem), bias(bias_in, "bias", problem);
   RunningVector running_mean(mean_in, "running_mean", problem), running_var(var_in, "running_var", problem);
   const auto residual = image(residual_in, "residual", problem);
@@ -113,22 +140,9 @@ std::tuple<Array, Array, Array> batch_norm_train(const Array& x_in, const MaybeA
   void *mean_data = mean.mutable_data(), *rstd_data = rstd.mutable_data();
   {
     py::gil_scoped_release nogil;
-    const int64_t channels = std::max<int64_t>(problem.channels(), 1);
-    const Buffer variance(channels * itemsize(problem.parameter_dtype())),
-        own(given ? 0 : 2 * channels * sizeof(double));
-    device::Moments moments{count, given_mean.doubles(), given_squares.doubles()};
-    if (!given) {
-      auto* doubles = own.as<double>();
-      device::batch_norm_moments(problem, x.data(), doubles, doubles + channels);
-      moments = {count, doubles, doubles + channels};
-    }
-    device::batch_norm_statistics(problem, moments, mean_data, rstd_data, variance.as<void>());
+    statistics.take(x.data(), mean_data, rstd_data, momentum, running_mean, running_var);
     device::batch_norm_forward(
         problem, {x.data(), mean_data, rstd_data, weight.data(), bias.data(), data_of(residual), activation}, y.data());
-    if (count > 0) {
-      running_mean.update(mean_data, momentum);
-      running_var.update(variance.as<void>(), momentum);
-    }
   }
   return {y.finish(), mean, rstd};
 }
@@ -253,10 +267,11 @@ std::tuple<Array, Array, Array, Array> batch_norm_max_pool_train(const Array& x_
                                                                  const MaybeArray& bias_in, const MaybeArray& mean_in,
                                                                  const MaybeArray& var_in, double momentum, double eps,
                                                                  const std::string& activation_name, Pair kernel,
-                                                                 Pair stride) {
+                                                                 Pair stride, const GivenMoments& given) {
   const Activation activation = parse_activation(activation_name);
   const TensorView x_view = view(x_in, "input");
-  const BatchNormProblem problem = make_batch_norm(x_view.dtype, shape4(x_view, "input"), eps, true);
+  const BatchNormProblem problem = make_batch_norm(x_view.dtype, shape4(x_view, "input"), eps, !given);
+  const BatchStatistics statistics(problem, given);
   const Pool2dProblem pool = make_max_pool2d(problem.dtype, problem.shape, kernel, stride, {0, 0}, {1, 1}, false);
   check_places(kernel);
   const ChannelVector weight(weight_in, "weight", problem), bias(bias_in, "bias", problem);
@@ -268,19 +283,10 @@ std::tuple<Array, Array, Array, Array> batch_norm_max_pool_train(const Array& x_
   void *mean_data = mean.mutable_data(), *rstd_data = rstd.mutable_data();
   {
     py::gil_scoped_release nogil;
-    const int64_t channels = std::max<int64_t>(problem.channels(), 1);
-    const Buffer variance(channels * itemsize(problem.parameter_dtype())), moments(2 * channels * sizeof(double));
-    auto* doubles = moments.as<double>();
-    device::batch_norm_moments(problem, x.data(), doubles, doubles + channels);
-    device::batch_norm_statistics(problem, {problem.rows(), doubles, doubles + channels}, mean_data, rstd_data,
-                                  variance.as<void>());
+    statistics.take(x.data(), mean_data, rstd_data, momentum, running_mean, running_var);
     device::batch_norm_max_pool(problem,
                                 {x.data(), mean_data, rstd_data, weight.data(), bias.data(), nullptr, activation}, pool,
                                 y.data(), static_cast<uint8_t*>(places.data()));
-    if (problem.rows() > 0) {
-      running_mean.update(mean_data, momentum);
-      running_var.update(variance.as<void>(), momentum);
-    }
   }
   return {y.finish(), places.finish(), mean, rstd};
 }
@@ -301,7 +307,7 @@ void bind_batch_norm(py::module_& m) {
   m.def("batch_norm_backward_input", &batch_norm_backward_input, "dy"_a, "x"_a, "weight"_a, "mean"_a, "rstd"_a, "sum"_a,
         "products"_a, "count"_a, "bias"_a, "activation"_a);
   m.def("batch_norm_max_pool_train", &batch_norm_max_pool_train, "x"_a, "weight"_a, "bias"_a, "running_mean"_a,
-        "running_var"_a, "momentum"_a, "eps"_a, "activation"_a, "kernel_size"_a, "stride"_a);
+        "running_var"_a, "momentum"_a, "eps"_a, "activation"_a, "kernel_size"_a, "stride"_a, "moments"_a);
 }
 
 }  // namespace fastconv::bindings

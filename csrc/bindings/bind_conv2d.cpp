@@ -21,7 +21,7 @@ std::optional<Vector> dense_bias(const MaybeArray& bias, DType dtype, int64_t ch
 
 Array conv2d(const Array& x_in, const Array& w_in, const MaybeArray& bias, const MaybeArray& residual, Pair stride,
              const Padding& padding, Pair dilation, int64_t groups, const std::string& activation,
-             const MaybeArray& scale, device::WeightCache* cache) {
+             const MaybeArray& scale, device::WeightCache* cache, double* moments) {
   const TensorView w = view(w_in, "weight");
   const TensorView x_view = view(x_in, "input");
   const Conv2dProblem problem =
@@ -43,6 +43,7 @@ Array conv2d(const Array& x_in, const Array& w_in, const MaybeArray& bias, const
                                       dense_residual ? dense_residual->data() : nullptr,
                                       parse_activation(activation),
                                       y.data(),
+                                      moments,
                                       factors ? factors->data() : nullptr,
                                       cache};
   {
@@ -53,6 +54,16 @@ Array conv2d(const Array& x_in, const Array& w_in, const MaybeArray& bias, const
 }
 
 namespace {
+
+std::tuple<Array, Array> conv2d_moments(const Array& x, const Array& w, const MaybeArray& bias, Pair stride,
+                                        const Padding& padding, Pair dilation, int64_t groups) {
+  const TensorView w_view = view(w, "weight");
+  check_float("weight", w_view.dtype);
+  Array moments = new_array(DType::kFloat64, {2, shape4(w_view, "weight")[0]});
+  Array y = conv2d(x, w, bias, std::nullopt, stride, padding, dilation, groups, "", std::nullopt, nullptr,
+                   static_cast<double*>(moments.mutable_data()));
+  return {y, moments};
+}
 
 Array backward_input(const Conv2dProblem& problem, const Array& dy_in, const Array& w_in, Layout layout) {
   const TensorView w = view(w_in, "weight");
@@ -181,6 +192,7 @@ void bind_conv2d(py::module_& m) {
         return conv2d(x, w, bias, residual, stride, padding, dilation, groups, activation, std::nullopt, nullptr);
       },
       "x"_a, "w"_a, "bias"_a, "residual"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a, "activation"_a);
+  m.def("conv2d_moments", &conv2d_moments, "x"_a, "w"_a, "bias"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a);
   m.def("conv2d_backward", &conv2d_backward, "dy"_a, "x"_a, "w"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a,
         "needs"_a);
   m.def("conv_transpose2d", &conv_transpose2d, "x"_a, "w"_a, "bias"_a, "stride"_a, "padding"_a, "output_padding"_a,

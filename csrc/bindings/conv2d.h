@@ -10,9 +10,9 @@ namespace fastconv::bindings {
 
 using MaybeArray = std::optional<Array>;
 
-// scale and cache: see device::ForwardArguments.
+// moments, scale and cache: see device::ForwardArguments.
 Array conv2d(const Array& x, const Array& w, const MaybeArray& bias, const MaybeArray& residual, Pair stride,
              const Padding& padding, Pair dilation, int64_t groups, const std::string& activation,
-             const MaybeArray& scale, device::WeightCache* cache);
+             const MaybeArray& scale, device::WeightCache* cache, double* moments = nullptr);
 
 }  // namespace fastconv::bindings

@@ -114,7 +114,7 @@ void set_strict_precision(bool on) { strict = on; }
 bool strict_precision() { return strict; }
 
 void conv2d_forward(const Conv2dProblem& problem, const ForwardArguments& args) {
-  if (elements(problem.y_shape()) == 0) return;
+  if (elements(problem.y_shape()) == 0) return args.moments ? read_moments(problem, args) : void();
   // Activations that are a clamp are part of every kernel's epilogue; the others are one pass over the finished y.
   ForwardArguments clamped = args;
   const bool is_clamp = args.activation == Activation::kNone || args.activation == Activation::kReLU ||
@@ -129,6 +129,7 @@ void conv2d_forward(const Conv2dProblem& problem, const ForwardArguments& args) 
   }
   implementation.run(problem, clamped);
   if (!is_clamp) apply_activation(args.activation, problem.dtype, args.y, elements(problem.y_shape()));
+  if (args.moments) read_moments(problem, args);
 }
 
 void conv2d_backward_input(const Conv2dProblem& problem, const BackwardInputArguments& args) {

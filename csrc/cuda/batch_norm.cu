@@ -5,21 +5,29 @@
 #include "device/batch_norm.h"
 
 #include "cuda/activation.h"
+#include "cuda/epilogue.h"
 #include "cuda/windows.h"
 
 namespace fastconv::cuda {
 namespace {
 
-struct WideMoments {
-  double count, mean, squares;
+// Of a set of numbers: how many they are, their mean, the sum of squared distances from it.
+template <class A> struct Spread {
+  A count, mean, squares;
+
+  FC_INLINE void merge(const Spread& b) {
+    if (b.count == 0) return;
+    const A all = count + b.count, delta = b.mean - mean, share = b.count / all;
+    mean += delta * share;
+    squares += b.squares + delta * delta * share * count;
+    count = all;
+  }
 };
 
 template <class T, int WIDTH> struct MomentsBody {
   static constexpr int kWidth = WIDTH;
-  using Wide = WideMoments;
-  struct Value {
-    Acc<T> count, mean, squares;
-  };
+  using Wide = Spread<double>;
+  using Value = Spread<Acc<T>>;
   struct Channels {};
   const T* x;
 
@@ -38,18 +46,31 @@ template <class T, int WIDTH> struct MomentsBody {
     }
   }
   FC_HOST_DEVICE static Wide widen(const Value& v) { return {v.count, v.mean, v.squares}; }
-  FC_HOST_DEVICE static void merge(Wide& a, const Wide& b) {
-    if (b.count == 0) return;
-    const double count = a.count + b.count, delta = b.mean - a.mean, share = b.count / count;
-    a.mean += delta * share;
-    a.squares += b.squares + delta * delta * share * a.count;
-    a.count = count;
+  FC_HOST_DEVICE static void merge(Wide& a, const Wide& b) { a.merge(b); }
+};
+
+// The moments that a convolution left of each slice of `pixels` pixels: a row a slice.
+struct SlicesBody {
+  static constexpr int kWidth = 1;
+  using Wide = Spread<double>;
+  using Value = Spread<double>;
+  struct Channels {};
+  const SliceStatistics* slices;
+  int64_t channels, pixels, rows;
+
+  FC_HOST_DEVICE void prepare(int64_t, Channels&) const {}
+  FC_HOST_DEVICE void start(Value& v) const { v = Value{0, 0, 0}; }
+  FC_HOST_DEVICE void row(int64_t at, Channels&, Value (&values)[1]) const {
+    const int64_t left = rows - at / channels * pixels;
+    values[0].merge({static_cast<double>(left < pixels ? left : pixels), slices[at].mean, slices[at].m2});
   }
+  FC_HOST_DEVICE static Wide widen(const Value& v) { return v; }
+  FC_HOST_DEVICE static void merge(Wide& a, const Wide& b) { a.merge(b); }
 };
 
 struct StoreMoments {
   double *mean, *squares;
-  FC_HOST_DEVICE void operator()(int64_t channel, const WideMoments& m) const {
+  FC_HOST_DEVICE void operator()(int64_t channel, const Spread<double>& m) const {
     mean[channel] = m.mean;
     squares[channel] = m.squares;
   }
@@ -286,6 +307,11 @@ void batch_norm_moments(const BatchNormProblem& a, const void* x, double* mean, 
   });
 }
 
+void merge_statistics(int64_t rows, int64_t channels, const SliceStatistics* slices, int64_t pixels, double* moments) {
+  reduce_columns((rows + pixels - 1) / pixels, channels, SlicesBody{slices, channels, pixels, rows},
+                 StoreMoments{moments, moments + channels});
+}
+
 void batch_norm_statistics(const BatchNormProblem& a, const Moments& of, void* mean, void* rstd,
                            void* unbiased_variance) {
   dispatch_float(a.parameter_dtype(), [&](auto p) {
@@ -368,7 +394,7 @@ void batch_norm_max_pool(const BatchNormProblem& a, const BatchNormArguments& ar
           constexpr int kWidth = decltype(width)::value;
           using Image = NormalizedImage<T, kWidth>;
           for_each(outputs / kWidth,
-                   Maximum<T, kWidth, uint8_t, Image>{make_geometry(pool), Image{Normalized<T, kWidth>(args)},
+                   Maximum<T, kWidth, uint8_t, Image>{make_pool_geometry(pool), Image{Normalized<T, kWidth>(args)},
                                                       static_cast<T*>(y), nullptr, places});
         },
         args.x, y, places);

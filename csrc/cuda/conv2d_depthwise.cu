@@ -258,6 +258,7 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
            {args.x, i(a.h), i(a.w), args.y, i(a.p), i(a.q)}, weights.as<T>(), epilogue_of(args));
   });
   finish_activation(a, args);
+  if (args.moments) read_moments(a, args);
 }
 
 void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) {

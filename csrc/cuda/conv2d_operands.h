@@ -107,6 +107,31 @@ inline void finish_activation(const Conv2dProblem& a, const ForwardArguments& ar
   if (!is_clamp(args.activation)) apply_activation(args.activation, a.dtype, args.y, elements(a.y_shape()));
 }
 
+// The statistics that the kernel takes of y before it stores it, in slices of `pixels` pixels, if they are wanted. An
+// activation that is no clamp comes later.
+class EpilogueStatistics {
+ public:
+  EpilogueStatistics(const Conv2dProblem& a, const ForwardArguments& args, int64_t pixels)
+      : problem_(a), args_(args), pixels_(pixels) {
+    if (args.moments && is_clamp(args.activation))
+      slices_ = Buffer(ceil_divide(a.n * a.p * a.q, pixels) * a.k * sizeof(SliceStatistics));
+  }
+  SliceStatistics* slices() const { return slices_.as<SliceStatistics>(); }
+  // After y has been made.
+  void merge() const {
+    if (slices())
+      merge_statistics(problem_.n * problem_.p * problem_.q, problem_.k, slices(), pixels_, args_.moments);
+    else if (args_.moments)
+      read_moments(problem_, args_);
+  }
+
+ private:
+  const Conv2dProblem& problem_;
+  const ForwardArguments& args_;
+  int64_t pixels_;
+  Buffer slices_;
+};
+
 // What both tensor-core implementations decline: sizes that 32-bit indices of pixels do not hold, and in the emulator
 // what would take minutes.
 inline const char* too_large(const Conv2dProblem& a) {

@@ -142,6 +142,7 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
              Forward<T>{a, static_cast<const T*>(args.x), Weights<T>(args.w), static_cast<const T*>(args.bias),
                         static_cast<const T*>(args.residual), args.activation, static_cast<T*>(args.y)});
   });
+  if (args.moments) read_moments(a, args);
 }
 
 void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) {

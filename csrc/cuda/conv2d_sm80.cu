@@ -31,9 +31,10 @@ Arguments arguments_of(const Conv2dProblem& a) {
   return args;
 }
 
+constexpr int kM = 128;  // pixels of a tile
+
 // Blocks beside each other share the pixels' tile in L2.
 template <class T, int kN, Gather kGather, bool kBackward> void start(const Arguments& a) {
-  constexpr int kM = 128;
   const int phases = phases_of(a, kBackward);
   // The first phase is the largest.
   const Axes axes = axes_of(a, kBackward, 0);
@@ -121,10 +122,13 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
     launch.source = image.data;
     launch.other = as_it_is ? args.w.data : packed.as<void>();
     launch.result = args.y;
+    const EpilogueStatistics statistics(a, args, kM);
     launch.epilogue = epilogue_of(args);
+    launch.epilogue.statistics = statistics.slices();
     start<T, false>(launch, image.gather);
+    finish_activation(a, args);
+    statistics.merge();
   });
-  finish_activation(a, args);
 }
 
 void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) {

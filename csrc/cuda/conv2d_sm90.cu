@@ -1,6 +1,8 @@
 // Starts the kernels of conv2d_sm90.h: tiles by the cost model, tensor maps, partial sums of the weight gradient.
 #include "cuda/conv2d_sm90.h"
 
+#include <optional>
+
 #include "cuda/conv2d_operands.h"
 #include "cuda/run_kernel.h"
 
@@ -113,8 +115,10 @@ template <class T, int kIndex, int kStages, bool kBackward> void start(const Arg
   run_kernel<Convolve<T, kTiles[kIndex].m, kTiles[kIndex].n, kStages, kBackward>>({blocks, 1, 1}, launch);
 }
 
+// args: of a forward pass, for what follows the sums.
 template <class T, bool kBackward>
-void run(const Conv2dProblem& a, TensorMapPlan::Numbers numbers, const Operands& data, const Epilogue& epilogue) {
+void run(const Conv2dProblem& a, TensorMapPlan::Numbers numbers, const Operands& data,
+         const ForwardArguments* args = nullptr) {
   const sm90::Shape shape = shape_of(a);
   const int multiprocessors = device_info().multiprocessors;
   const int depth = static_cast<int>(kBackward ? a.k : a.c), taps = static_cast<int>(a.r * a.s);
@@ -125,16 +129,24 @@ void run(const Conv2dProblem& a, TensorMapPlan::Numbers numbers, const Operands&
   Maps<TensorMapPlan> maps;
   launch.plan = plan_convolution(shape, kBackward, kTiles[tile], numbers, data, maps);
   launch.maps = encode(maps);
-  launch.epilogue = epilogue;
   launch.result = data.result;
   const int blocks = smaller(launch.plan.tiles, multiprocessors);
-  switch (tile) {
-    case 0: return start<T, 0, 3, kBackward>(launch, blocks);
-    case 1: return start<T, 1, 3, kBackward>(launch, blocks);
-    case 2: return start<T, 2, 5, kBackward>(launch, blocks);
-    case 3: return start<T, 3, 4, kBackward>(launch, blocks);
-    default: return start<T, 4, 6, kBackward>(launch, blocks);
+  std::optional<EpilogueStatistics> statistics;
+  if (args) {
+    statistics.emplace(a, *args, kTiles[tile].m / 2);
+    launch.epilogue = epilogue_of(*args);
+    launch.epilogue.statistics = statistics->slices();
   }
+  switch (tile) {
+    case 0: start<T, 0, 3, kBackward>(launch, blocks); break;
+    case 1: start<T, 1, 3, kBackward>(launch, blocks); break;
+    case 2: start<T, 2, 5, kBackward>(launch, blocks); break;
+    case 3: start<T, 3, 4, kBackward>(launch, blocks); break;
+    default: start<T, 4, 6, kBackward>(launch, blocks);
+  }
+  if (!args) return;
+  finish_activation(a, *args);
+  statistics->merge();
 }
 
 const char* declines(const Conv2dProblem& a, bool backward_input) {
@@ -158,9 +170,8 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
     run<decltype(t), false>(a, numbers,
                             {aligned_operand(args.x, elements(a.x_shape()) * 2, copy_x),
                              aligned_operand(w, elements(a.w_shape()) * 2, copy_w), args.y},
-                            epilogue_of(args));
+                            &args);
   });
-  finish_activation(a, args);
 }
 
 void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) {
@@ -169,8 +180,7 @@ void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) 
     const void* w = krsc_weights(a, args.w, packed);
     run<decltype(t), true>(a, numbers,
                            {aligned_operand(args.dy, elements(a.y_shape()) * 2, copy_dy),
-                            aligned_operand(w, elements(a.w_shape()) * 2, copy_w), args.dx},
-                           Epilogue());
+                            aligned_operand(w, elements(a.w_shape()) * 2, copy_w), args.dx});
   });
 }
 

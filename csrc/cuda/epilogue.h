@@ -14,6 +14,9 @@ struct SliceStatistics {
   float mean, m2;
 };
 
+// moments[2][channels] of all `rows` pixels from those of slices of `pixels`, the last of which may have fewer.
+void merge_statistics(int64_t rows, int64_t channels, const SliceStatistics* slices, int64_t pixels, double* moments);
+
 struct Epilogue {
   const void* bias = nullptr;      // [channels]
   const void* residual = nullptr;  // shaped like the result

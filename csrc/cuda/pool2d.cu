@@ -13,7 +13,7 @@ namespace fastconv::cuda {
 namespace {
 
 // body(p, q, place in the window, offset of the output) for the windows that have pixel (h, w).
-template <class Body> FC_INLINE void for_windows(const Geometry& g, const Unit& u, Body&& body) {
+template <class Body> FC_INLINE void for_windows(const PoolGeometry& g, const Unit& u, Body&& body) {
   const Reach down = g.rows.reach[u.row], across = g.columns.reach[u.column];
   for (int32_t p = down.first; p <= down.last; ++p) {
     const int32_t r = g.rows.place(u.row, p);
@@ -28,7 +28,7 @@ template <class Body> FC_INLINE void for_windows(const Geometry& g, const Unit& 
 }
 
 template <class T, int WIDTH, class Place> struct MaximumBackward {
-  Geometry g;
+  PoolGeometry g;
   const T* dy;
   const Place* places;
   T* dx;
@@ -50,7 +50,7 @@ template <class T, int WIDTH, class Place> struct MaximumBackward {
 
 // One channel of one image: the caller's indices may point anywhere, so nothing smaller is independent.
 template <class T> struct ScatterPlane {
-  Geometry g;
+  PoolGeometry g;
   const T* dy;
   const int64_t* indices;
   T* dx;
@@ -79,7 +79,7 @@ struct OutsidePlane {
 
 // Sums each row of the window before adding it: the error of a sum over an image grows with its side, not its area.
 template <class T, int WIDTH> struct Average {
-  Geometry g;
+  PoolGeometry g;
   const T* x;
   T* y;
 
@@ -106,7 +106,7 @@ template <class T, int WIDTH> struct Average {
 };
 
 template <class T, int WIDTH> struct AverageBackward {
-  Geometry g;
+  PoolGeometry g;
   const T* dy;
   T* dx;
 
@@ -127,7 +127,7 @@ int64_t outputs_of(const Pool2dProblem& a) { return a.n * a.p() * a.q() * a.c; }
 int64_t inputs_of(const Pool2dProblem& a) { return a.n * a.h * a.w * a.c; }
 
 template <class T, int WIDTH, class Place>
-void maximum_backward(const Pool2dProblem& a, const Geometry& g, const T* dy, const T* x, T* dx) {
+void maximum_backward(const Pool2dProblem& a, const PoolGeometry& g, const T* dy, const T* x, T* dx) {
   const Buffer places(outputs_of(a) * sizeof(Place) + 1);
   for_each(outputs_of(a) / WIDTH, Maximum<T, WIDTH, Place>{g, {x}, nullptr, nullptr, places.as<Place>()});
   for_each(inputs_of(a) / WIDTH, MaximumBackward<T, WIDTH, Place>{g, dy, places.as<Place>(), dx});
@@ -159,14 +159,14 @@ void max_pool2d(const Pool2dProblem& a, const void* x, void* y, int64_t* indices
         constexpr int kWidth = decltype(width)::value;
         for_each(outputs_of(a) / kWidth,
                  Maximum<T, kWidth, uint8_t>{
-                     make_geometry(a), {static_cast<const T*>(x)}, static_cast<T*>(y), indices, places});
+                     make_pool_geometry(a), {static_cast<const T*>(x)}, static_cast<T*>(y), indices, places});
       },
       x, y, places);
 }
 
 void max_pool2d_backward(const Pool2dProblem& a, const void* dy, const void* x, void* dx) {
   if (inputs_of(a) == 0) return;
-  const Geometry g = make_geometry(a);
+  const PoolGeometry g = make_pool_geometry(a);
   dispatch(
       a,
       [&](auto t, auto width) {
@@ -188,8 +188,9 @@ void max_pool2d_backward_places(const Pool2dProblem& a, const void* dy, const ui
       [&](auto t, auto width) {
         using T = decltype(t);
         constexpr int kWidth = decltype(width)::value;
-        for_each(inputs_of(a) / kWidth, MaximumBackward<T, kWidth, uint8_t>{make_geometry(a), static_cast<const T*>(dy),
-                                                                            places, static_cast<T*>(dx)});
+        for_each(inputs_of(a) / kWidth,
+                 MaximumBackward<T, kWidth, uint8_t>{make_pool_geometry(a), static_cast<const T*>(dy), places,
+                                                     static_cast<T*>(dx)});
       },
       dy, places, dx);
 }
@@ -204,7 +205,8 @@ void max_pool2d_backward_indices(const Pool2dProblem& a, const void* dy, const i
   }
   dispatch_real(a.dtype, [&](auto t) {
     using T = decltype(t);
-    for_each(a.n * a.c, ScatterPlane<T>{make_geometry(a), static_cast<const T*>(dy), indices, static_cast<T*>(dx)});
+    for_each(a.n * a.c,
+             ScatterPlane<T>{make_pool_geometry(a), static_cast<const T*>(dy), indices, static_cast<T*>(dx)});
   });
 }
 
@@ -216,7 +218,7 @@ void avg_pool2d(const Pool2dProblem& a, const void* x, void* y) {
         using T = decltype(t);
         constexpr int kWidth = decltype(width)::value;
         for_each(outputs_of(a) / kWidth,
-                 Average<T, kWidth>{make_geometry(a), static_cast<const T*>(x), static_cast<T*>(y)});
+                 Average<T, kWidth>{make_pool_geometry(a), static_cast<const T*>(x), static_cast<T*>(y)});
       },
       x, y);
 }
@@ -229,7 +231,7 @@ void avg_pool2d_backward(const Pool2dProblem& a, const void* dy, void* dx) {
         using T = decltype(t);
         constexpr int kWidth = decltype(width)::value;
         for_each(inputs_of(a) / kWidth,
-                 AverageBackward<T, kWidth>{make_geometry(a), static_cast<const T*>(dy), static_cast<T*>(dx)});
+                 AverageBackward<T, kWidth>{make_pool_geometry(a), static_cast<const T*>(dy), static_cast<T*>(dx)});
       },
       dy, dx);
 }

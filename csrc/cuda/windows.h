@@ -18,7 +18,7 @@ struct Reach {
   int32_t first, last;
 };
 
-struct Axis {
+struct WindowAxis {
   int64_t outputs, size;
   int32_t step;  // the dilation
   const Window* windows;
@@ -32,7 +32,7 @@ struct Axis {
   }
 };
 
-inline Axis make_axis(const PoolAxis& axis, int64_t size) {
+inline WindowAxis make_window_axis(const PoolAxis& axis, int64_t size) {
   static_assert(sizeof(Window) == 12 && sizeof(Reach) == 8, "tables of 32-bit numbers");
   const auto outputs = static_cast<int64_t>(axis.windows.size());
   std::vector<int32_t> windows, reach;
@@ -54,9 +54,9 @@ inline Axis make_axis(const PoolAxis& axis, int64_t size) {
           reinterpret_cast<const Reach*>(constant_table(reach))};
 }
 
-struct Geometry {
+struct PoolGeometry {
   int64_t n, c;
-  Axis rows, columns;
+  WindowAxis rows, columns;
   int64_t divisor;  // of an average, or 0
 
   // Of an average over window (p, q).
@@ -66,8 +66,8 @@ struct Geometry {
   }
 };
 
-inline Geometry make_geometry(const Pool2dProblem& a) {
-  return {a.n, a.c, make_axis(a.rows, a.h), make_axis(a.columns, a.w), a.divisor.value_or(0)};
+inline PoolGeometry make_pool_geometry(const Pool2dProblem& a) {
+  return {a.n, a.c, make_window_axis(a.rows, a.h), make_window_axis(a.columns, a.w), a.divisor.value_or(0)};
 }
 
 // A unit of work: WIDTH channels of one output, or of one pixel of the image.
@@ -97,7 +97,7 @@ template <int WIDTH, class Place> struct alignas(WIDTH * sizeof(Place)) Places {
 // The largest of each window, NaN being larger than every number and the first of equals winning. Any of y, indices and
 // places may be null. A place is the number of the element, row-major over the part of the window inside the image.
 template <class T, int WIDTH, class Place, class Image = StoredImage<T, WIDTH>> struct Maximum {
-  Geometry g;
+  PoolGeometry g;
   Image image;
   T* y;
   int64_t* indices;

@@ -6,6 +6,7 @@
 
 #include "core/implementation.h"
 #include "core/problem.h"
+#include "device/batch_norm.h"
 
 namespace fastconv::FASTCONV_DEVICE {
 
@@ -18,10 +19,17 @@ struct ForwardArguments {
   const void* residual;  // shaped like y, or null
   Activation activation;
   void* y;
+  double* moments = nullptr;  // [2][K], of each channel of y the mean and the squared distances from it; or null
   // Of the CPU alone; null elsewhere.
   const void* scale = nullptr;   // [K]: w is to be multiplied by it
   WeightCache* cache = nullptr;  // of w times scale
 };
+
+// The moments of y, in a pass of their own.
+inline void read_moments(const Conv2dProblem& problem, const ForwardArguments& args) {
+  batch_norm_moments(make_batch_norm(problem.dtype, problem.y_shape(), 0, false), args.y, args.moments,
+                     args.moments + problem.k);
+}
 
 struct BackwardInputArguments {
   const void* dy;

@@ -42,6 +42,15 @@ def conv2d(
     groups: int,
     activation: str,
 ) -> np.ndarray: ...
+def conv2d_moments(
+    x: np.ndarray,
+    w: np.ndarray,
+    bias: np.ndarray | None,
+    stride: _Pair,
+    padding: _Padding,
+    dilation: _Pair,
+    groups: int,
+) -> tuple[np.ndarray, np.ndarray]: ...
 def conv2d_cached(
     x: np.ndarray,
     w: np.ndarray,
@@ -226,6 +235,7 @@ def batch_norm_max_pool_train(
     activation: str,
     kernel_size: _Pair,
     stride: _Pair,
+    moments: tuple[int, np.ndarray, np.ndarray] | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: ...
 
 # Local response normalisation

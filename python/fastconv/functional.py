@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 Input: TypeAlias = Any  # a Tensor, or anything `Tensor` accepts
 Pair: TypeAlias = "int | tuple[int, int]"
+# Of a batch, as `batch_norm` takes them: values a channel, their mean [C], the sum of their squared
+# distances from it [C], both float64.
+Moments: TypeAlias = "tuple[int, Array, Array]"
 Padding: TypeAlias = "int | tuple[int, int] | tuple[tuple[int, int], tuple[int, int]] | str"
 
 
@@ -77,6 +80,28 @@ def conv2d(
         return *gradients, dy if needs[3] else None
 
     return apply(y, inputs, backward)
+
+
+def conv2d_moments(
+    x: Input,
+    weight: Input,
+    bias: Input | None = None,
+    stride: Pair = 1,
+    padding: Padding = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+) -> tuple[Tensor, Moments]:
+    """conv2d, and the moments of the result for the batch norm behind it: ops.conv2d_moments."""
+    inputs = (as_tensor(x), as_tensor(weight), optional_tensor(bias))
+    xd, wd, bd = cuda.compute_operands(*map(_data, inputs))
+    sizes = (stride, padding, dilation, groups)
+    y, moments = ops.conv2d_moments(xd, wd, bd, *sizes)
+
+    def backward(dy: Array, needs: Needs) -> Sequence[Array | None]:
+        return ops.conv2d_backward(dy, xd, wd, *sizes, needs=needs)
+
+    count = y.shape[0] * y.shape[2] * y.shape[3]
+    return apply(y, inputs, backward), (count, moments[0], moments[1])
 
 
 def conv_transpose2d(
@@ -124,13 +149,17 @@ def batch_norm(
     residual: Input | None = None,
     activation: str | None = None,
     communicator: Communicator | None = None,
+    moments: Moments | None = None,
 ) -> Tensor:
     """activation(normalised x * weight + bias + residual), x[N,C] or x[N,C,H,W].
 
     In training the statistics are the batch's, and the running ones are updated in place.
     communicator: the batch is that of all its processes together; one of them may have N = 0.
+    moments: of x, where they are known already; not with a communicator (ValueError).
     """
     check_activation(activation)
+    if communicator is not None and moments is not None:
+        raise ValueError("moments are those of x alone, not of all processes of a communicator")
     inputs = (
         as_tensor(x),
         optional_tensor(weight),
@@ -139,7 +168,6 @@ def batch_norm(
     )
     xd, wd, bd, rd = (_data(t) for t in inputs)
     fused: dict[str, Any] = {"residual": rd, "activation": activation}
-    moments = None
     if training:
         if communicator is not None:
             moments = _moments_of_all(inputs[0].data, communicator)
@@ -170,7 +198,8 @@ def batch_norm(
         )
         return dx, dweight, dbias, dz
 
-    return apply(y, inputs, backward if moments is None else synchronised_backward)
+    synchronised = training and communicator is not None
+    return apply(y, inputs, synchronised_backward if synchronised else backward)
 
 
 def batch_norm_max_pool2d(
@@ -185,6 +214,7 @@ def batch_norm_max_pool2d(
     kernel_size: Pair,
     stride: Pair | None = None,
     activation: str | None = None,
+    moments: Moments | None = None,
 ) -> Tensor:
     """max_pool2d(batch_norm(x)) in training, for windows of at most 256 elements without overlap.
 
@@ -195,7 +225,7 @@ def batch_norm_max_pool2d(
     xd, wd, bd = (_data(t) for t in inputs)
     y, places, mean, rstd = ops.batch_norm_max_pool_train(
         xd, wd, bd, running_mean, running_var, momentum, eps, kernel_size, stride,
-        activation=activation,
+        activation=activation, moments=moments,
     )  # fmt: skip
 
     def backward(dy: Array, needs: Needs) -> Sequence[Array | None]:

@@ -316,8 +316,12 @@ class _BatchNorm(Module):
         *,
         activation: str | None = None,
         pool: MaxPool2d | None = None,
+        moments: F.Moments | None = None,
     ) -> Tensor:
-        """pool(activation(normalised x + residual)); `activation` overrides the layer's own."""
+        """pool(activation(normalised x + residual)); `activation` overrides the layer's own.
+
+        moments: those of x, where they are known already, in training.
+        """
         x = F.as_tensor(x)
         if x.ndim not in self._dimensions:
             dimensions = " or ".join(str(d) for d in self._dimensions)
@@ -342,6 +346,7 @@ class _BatchNorm(Module):
                 kernel_size=pool.kernel_size,
                 stride=pool.stride,
                 activation=activation or self.activation,
+                moments=moments,
             )
         y = F.batch_norm(
             x,
@@ -355,6 +360,7 @@ class _BatchNorm(Module):
             residual=residual,
             activation=activation or self.activation,
             communicator=self.communicator,
+            moments=moments,
         )
         return y if pool is None else pool(y)
 
@@ -825,7 +831,9 @@ def conv_norm(
 
     For a `Conv2d` and a batch norm in evaluation this is one convolution, with the batch norm
     folded into its weights, as long as no gradient is recorded and neither layer has hooks: see
-    `fastconv.folding`. Otherwise the layers are called one after the other.
+    `fastconv.folding`. On a CUDA device a batch norm in training has its statistics from the
+    convolution, which takes them before it stores the result. Otherwise the layers are called one
+    after the other.
     """
     x, residual = F.as_tensor(x), F.optional_tensor(residual)
     folding = _norm_of(conv, norm)
@@ -839,7 +847,14 @@ def conv_norm(
             return folded if pool is None else pool(folded)
     given = {"residual": residual, "activation": activation, "pool": pool}
     options = {name: value for name, value in given.items() if value is not None}
-    y: Tensor = norm(conv(x), **options)
+    y: Tensor
+    if folding is not None and folding.training and folding.communicator is None and not on_cpu(x):
+        assert isinstance(conv, Conv2d)
+        y, options["moments"] = F.conv2d_moments(
+            x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+        )
+        return norm(y, **options)
+    y = norm(conv(x), **options)
     return y
 
 

@@ -3,6 +3,8 @@
 // need of the device stands in here as host memory.
 #define FASTCONV_CUDA_EMULATED
 #define FASTCONV_DEVICE cuda
+#include "core/batch_norm_problem.cpp"
+#include "cuda/batch_norm.cu"
 #include "cuda/conv2d_depthwise.cu"
 #include "cuda/conv2d_sm80.cu"
 #include "cuda/conv2d_sm90.cu"
@@ -16,6 +18,8 @@ void* allocate(size_t bytes) {
   return memory;
 }
 void release(void* pointer) noexcept { std::free(pointer); }
+bool computes_in(DType) { return true; }
+const char* floating_dtypes() { return "any"; }
 
 namespace cuda {
 const DeviceInfo& device_info() {
@@ -25,6 +29,7 @@ const DeviceInfo& device_info() {
 }
 bool tf32_allowed() { return true; }
 void do_or_record(std::function<void()> work) { work(); }
+const int32_t* constant_table(const std::vector<int32_t>&) { return nullptr; }  // of pooling, which is not called
 void copy_bytes(void* to, const void* from, size_t bytes, Copy) { std::memcpy(to, from, bytes); }
 void apply_activation(Activation f, DType dtype, void* y, int64_t n) {
   dispatch_real(dtype, [&](auto t) {

@@ -86,6 +86,32 @@ def conv2d(
     return like(y, x)
 
 
+def conv2d_moments(
+    x: Array,
+    w: Array,
+    bias: Array | None = None,
+    stride: Any = 1,
+    padding: PaddingLike = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> tuple[Array, Array]:
+    """(:func:`conv2d`, :func:`batch_norm_moments` of it) for a batch norm behind the convolution.
+
+    On a CUDA device the tensor-core kernels take the moments of y, as it is rounded, before they
+    store it, which saves the batch norm a pass over y. Elsewhere this is two operations.
+    """
+    y, moments = kernels.conv2d_moments(
+        operand(x, "input"),
+        operand(w, "weight"),
+        None if bias is None else operand(bias, "bias"),
+        pair(stride, "stride"),
+        padding_sides(padding),
+        pair(dilation, "dilation"),
+        integer(groups, "groups"),
+    )
+    return like(y, x), like(moments, x)
+
+
 def _on_cpu(x: Array, name: str) -> np.ndarray:
     array = operand(x, name)
     if not isinstance(array, np.ndarray):

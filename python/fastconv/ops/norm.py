@@ -131,8 +131,9 @@ def batch_norm_train(
 
     mean and rstd = 1 / sqrt(var + eps) are those of the batch, (C,).
 
-    moments: (M, mean, squares) of the whole batch where x is a part of it: its values per channel,
-        and what :func:`batch_norm_moments` gives for it. ValueError when M is 1 or below that of x.
+    moments: (M, mean, squares) of the whole batch where x is a part of it, or where they are known
+        already: its values per channel, and what :func:`batch_norm_moments` gives for it.
+        ValueError when M is 1 or below that of x.
     """
     array = operand(x, "input")
     y, mean, rstd = kernels.batch_norm_train(
@@ -145,15 +146,16 @@ def batch_norm_train(
         float(eps),
         _optional_image(residual, "residual"),
         activation or "",
-        None
-        if moments is None
-        else (
-            integer(moments[0], "count"),
-            operand(moments[1], "mean"),
-            operand(moments[2], "squares"),
-        ),
+        _given(moments),
     )
     return like(_with_rank(y, array.ndim), x), like(mean, x), like(rstd, x)
+
+
+def _given(moments: tuple[int, Array, Array] | None) -> tuple[int, Any, Any] | None:
+    if moments is None:
+        return None
+    count, mean, squares = moments
+    return integer(count, "count"), operand(mean, "mean"), operand(squares, "squares")
 
 
 def batch_norm_moments(x: Array) -> Array:
@@ -287,13 +289,14 @@ def batch_norm_max_pool_train(
     stride: Any = None,
     *,
     activation: str | None = None,
+    moments: tuple[int, Array, Array] | None = None,
 ) -> tuple[Array, Array, Array, Array]:
     """:func:`batch_norm_train` of images, and :func:`max_pool2d` of the result, in one pass.
 
     Without the normalised image in memory, and with the bits of the two. No padding; windows have
     at most 256 elements, and should not overlap: rows that two of them share are normalised twice.
     Returns (y, places, mean, rstd), y and places those of max_pool2d. The backward is that of
-    max_pool2d, then :func:`batch_norm_backward`.
+    max_pool2d, then :func:`batch_norm_backward`. moments: as for batch_norm_train.
     """
     kernel = pair(kernel_size, "kernel_size")
     y, places, mean, rstd = kernels.batch_norm_max_pool_train(
@@ -307,5 +310,6 @@ def batch_norm_max_pool_train(
         activation or "",
         kernel,
         kernel if stride is None else pair(stride, "stride"),
+        _given(moments),
     )
     return like(y, x), like(places, x), like(mean, x), like(rstd, x)
