@@ -15,14 +15,12 @@ from types import ModuleType
 
 import fastconv
 from bench import options, report, roofline, steps
-from bench.measure import Call, alternate
+from bench.measure import PAUSE, Call, alternate
 from bench.models import compare_logits, forward_call, image_shape, published_size
 from fastconv import models
 
 MODELS = ["resnet50", "resnet18_cifar", "vgg16", "densenet121", "efficientnet_b0", "smallcnn"]
 BATCHES = [1, 8]
-# Seconds before each sample: a runtime's threads spin for a while when they have nothing to do.
-PAUSE = 0.01
 
 
 def run(
@@ -39,7 +37,11 @@ def run(
     flops = steps.training_flops(model, images) / 3
     ours = forward_call(model, images)
     peers: dict[str, Call] = {}
-    details: dict[str, object] = {"batch": batch, "image_size": published_size(name)}
+    details: dict[str, object] = {
+        "batch": batch,
+        "image_size": published_size(name),
+        "least_flops": steps.least_flops(model, images, ("fwd",)),
+    }
     if peer:
         from bench import runtimes
 

@@ -13,6 +13,9 @@ Call = Callable[[], object]
 # Shorter calls are timed several at a time: the clock and the loop cost about 0.1 us a call.
 MIN_SAMPLE_SECONDS = 1e-3
 MAX_ROUNDS = 100
+# Seconds of rest before each sample of a whole model: a library's threads spin for a while when
+# they have nothing to do, and would slow down whoever comes next.
+PAUSE = 0.01
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 
 from bench import report
 from bench.report import Row
+from bench.roofline import Roofline, fewer_multiplications
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "performance"
@@ -196,30 +197,57 @@ def best_isa(runs: Iterable[Run]) -> str:
     return next((run.isa for run in runs if "avx2" not in run.name), "")
 
 
-def measured(target: Target, runs: Sequence[Run], threads: int) -> list[float]:
-    """The ratios that the target speaks of."""
+def measured(target: Target, runs: Sequence[Run], threads: int) -> list[tuple[Run, Row]]:
+    """The rows that the target speaks of, each with its run."""
     best = best_isa(runs)
     return [
-        row.ratio
+        (run, row)
         for run in runs
         for row in run.rows
         if row.threads == threads and row.ratio is not None and target.takes(row, run.isa, best)
     ]
 
 
+def ratio_at_limit(run: Run, row: Row) -> float | None:
+    """The ratio of kernels without any loss: at the FMA peak with the fewest multiplications, or,
+    of a layer, at the bandwidth of memory where that takes longer. None where neither is known."""
+    details: dict[str, Any] = row.details
+    if row.ratio is None or not {"case", "least_flops"} & details.keys():
+        return None
+    limits = next(limit for limit in run.roofline if limit["threads"] == row.threads)
+    bandwidths = {int(size): rate * 1e9 for size, rate in limits["bandwidth_gb_per_s"].items()}
+    limit = Roofline(row.threads, limits["peak_gflops"] * 1e9, bandwidths)
+    if "least_flops" in details:
+        least = limit.bound(details["least_flops"], 0)
+    else:
+        case = details["case"]
+        fewer = fewer_multiplications(
+            (case["r"], case["s"]), case["stride"], case["c"] // case["groups"],
+            case["k"] // case["groups"], row.op,
+        )  # fmt: skip
+        least = limit.bound(row.flops / fewer, details["traffic"])
+    return row.ratio * row.ours.median / least
+
+
+def mean(ratios: Sequence[float]) -> str:
+    return report.times(report.geometric_mean(ratios) if ratios else None)
+
+
 def targets_table(runs: Sequence[Run]) -> str:
     """A line a target and number of threads that was measured."""
-    header = ["work", "threads", "rows", "target", "geometric mean", "none below", "lowest"]
+    header = ["work", "threads", "rows", "target", "geometric mean", "at the limits", "none below",
+              "lowest"]  # fmt: skip
     lines = []
     counts = sorted({row.threads for run in runs for row in run.rows})
     for target in TARGETS:
         lowest = report.times(target.lowest)
         found = [(threads, measured(target, runs, threads)) for threads in counts]
-        for threads, ratios in [(n, ratios) for n, ratios in found if ratios] or [(0, [])]:
-            mean = report.geometric_mean(ratios) if ratios else None
+        for threads, rows in [(n, rows) for n, rows in found if rows] or [(0, [])]:
+            ratios = [row.ratio for _, row in rows if row.ratio is not None]
+            at_limits = [ratio for run, row in rows if (ratio := ratio_at_limit(run, row))]
             lines.append([
                 target.work, str(threads or "-"), str(len(ratios)), report.times(target.mean),
-                report.times(mean), lowest, report.times(min(ratios, default=None)),
+                mean(ratios), mean(at_limits), lowest, report.times(min(ratios, default=None)),
                 "not measured" if not ratios else "yes" if target.reached(ratios) else "no",
             ])  # fmt: skip
     return report.table([*header, "reached"], lines, left=1)
@@ -293,8 +321,12 @@ ratio is the time of the peer's fastest mode by fastconv's, so above 1 fastconv 
 modes are eager NCHW and eager channels_last, and for the training steps that have them in their
 file, both compiled. fastconv's time holds everything a call does for its user. Every result was
 compared with the peer's in the same run. *roofline*: the share of the time that the machine's own
-limits, measured in the same run, allow a direct algorithm; Winograd can pass 100%. The files are in
-`bench/results`, with every sample.
+limits, measured in the same run, allow a direct algorithm; Winograd can pass 100%. *at the limits*:
+the geometric mean that kernels without any loss would have against the peer of the same run, at the
+FMA peak with the fewest multiplications of the library's algorithms, or for layers at the bandwidth
+of memory where that takes longer. No code for this machine can pass it with these algorithms; whole
+models stay further below, since everything but convolutions and dense layers counts as free there.
+The files are in `bench/results`, with every sample.
 """
 
 

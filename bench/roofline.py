@@ -42,6 +42,25 @@ class Roofline:
         }
 
 
+def fewer_multiplications(
+    taps: tuple[int, int], stride: int | Sequence[int], channels: int, outputs: int, op: str
+) -> float:
+    """How many times fewer than a direct algorithm's the best one of the library has, on an image
+    that its tiles divide: Winograd's, in six points an axis (csrc/README.md).
+
+    op: "fwd", "dgrad" or "wgrad"; channels and outputs: those of a group.
+    """
+    if stride not in (1, [1, 1], (1, 1)):
+        return 1.0
+    if taps == (3, 3) and channels <= 4:
+        return 1.0 if op == "dgrad" else 2.0  # along the rows alone
+    # Taps times outputs over points; seven taps are two parts of at most four.
+    of_axis = {1: 1.0, 3: 3 * 4 / 6, 5: 5 * 2 / 6, 7: 7 * 3 / 12}
+    if min(channels, outputs) < 16 or taps not in ((3, 3), (5, 5), (7, 7), (1, 7), (7, 1)):
+        return 1.0
+    return of_axis[taps[0]] * of_axis[taps[1]]
+
+
 def measure(threads: int, seconds: float = 0.5) -> Roofline:
     """Measures both limits, the FMA peak for ``seconds``."""
     return Roofline(

@@ -22,8 +22,9 @@ import numpy as np
 
 import fastconv
 from bench import options, report, roofline
-from bench.measure import Call, alternate
+from bench.measure import PAUSE, Call, alternate
 from fastconv import models, nn, optim
+from fastconv.ops._arrays import pair
 from fastconv.summary import summarize
 from fastconv.tensor import Tensor
 from fastconv.train.step import training_loss
@@ -131,8 +132,9 @@ def run(
         peers = peer.steps(name, model.state_dict(), images, labels, work.training, compiled)
     optimizer = work.training.optimizer_of(model.parameters())
     ours = partial(step, model, optimizer, images, labels)
-    samples = alternate({"fastconv": ours, **peers}, arguments.budget, arguments.min_rounds)
+    samples = alternate({"fastconv": ours, **peers}, arguments.budget, arguments.min_rounds, PAUSE)
     flops = training_flops(model, images)
+    details["least_flops"] = least_flops(model, images)
     return report.Row(
         group="steps",
         name=f"{name} batch {number} of {size}",
@@ -149,6 +151,31 @@ def run(
 def training_flops(model: nn.Module, images: np.ndarray) -> float:
     """Two flops a multiply-add, three passes: forward, input gradient and weight gradient."""
     return 3 * 2.0 * len(images) * summarize(model, images.shape[1:]).multiply_adds
+
+
+def least_flops(
+    model: nn.Module, images: np.ndarray, ops: Sequence[str] = ("fwd", "dgrad", "wgrad")
+) -> float:
+    """Of these passes by the library's best algorithms, on images that their tiles divide. The
+    input gradient of the first layer is nobody's need."""
+    layers = dict(model.named_modules())
+    total = 0.0
+    for i, row in enumerate(
+        row for row in summarize(model, images.shape[1:]).rows if row.multiply_adds
+    ):
+        layer = layers[row.name]
+        for op in ops:
+            if i == 0 and op == "dgrad":
+                continue
+            fewer = 1.0
+            if isinstance(layer, nn.Conv2d):
+                kernel, stride = (pair(v, "size") for v in (layer.kernel_size, layer.stride))
+                groups = layer.groups
+                fewer = roofline.fewer_multiplications(
+                    kernel, stride, layer.in_channels // groups, layer.out_channels // groups, op
+                )
+            total += row.multiply_adds / fewer
+    return 2.0 * len(images) * total
 
 
 def chosen(arguments: argparse.Namespace) -> Iterator[str]:

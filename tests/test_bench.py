@@ -213,7 +213,8 @@ def results_file(folder: Path, name: str, rows: list[report.Row], isa: str = "av
 
 
 def layer(name: str, op: str, peer: float, *, group: str = "resnet50", tag: str = "") -> report.Row:
-    details = {"case": {}, "traffic": 1e6}
+    case = {"r": 5, "s": 5, "stride": 1, "c": 32, "k": 64, "groups": 2}
+    details = {"case": case, "traffic": 1e6}
     return replace(
         row([1.0, 1.0], op=op, tags=(tag,), NCHW=peer), group=group, name=name, details=details
     )
@@ -240,7 +241,7 @@ def test_targets_are_judged_by_mean_and_lowest(tmp_path: Path) -> None:
     )
     results_file(tmp_path, "layers-avx2", [layer("a", "fwd", 3.0)], isa="avx2")
     step = replace(row([1.0], op="step", NCHW=3.5), group="steps", name="smallcnn batch 128 of 32")
-    right = replace(step, details={"batch": 128})
+    right = replace(step, details={"batch": 128, "least_flops": 0.5e11})
     wrong = replace(step, details={"batch": 1})
     slower = replace(right, peers={"NCHW": measure.Samples([9.0])})
     compiled = replace(right, peers={**right.peers, "compiled NCHW": measure.Samples([4.0])})
@@ -260,16 +261,36 @@ def test_targets_are_judged_by_mean_and_lowest(tmp_path: Path) -> None:
         return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
     assert cells("3x3 stride 1, C, K >= 64: forward, input gradient") == [
-        "1", "2", "2.60x", "2.76x", "2.00x", "1.90x", "no"
+        "1", "2", "2.60x", "2.76x", "127.63x", "2.00x", "1.90x", "no"
     ]  # fmt: skip
     assert cells("3x3 stride 1, C, K >= 64: weight gradient")[-1] == "yes"
     assert cells("5x5 stride 1")[-2:] == ["0.50x", "no"]
     assert cells("training step: smallcnn b128")[1:] == [
-        "1", "3.00x", "3.50x", "-", "3.50x", "yes"
+        "1", "3.00x", "3.50x", "7.00x", "-", "3.50x", "yes"
     ]  # fmt: skip
     assert cells("training step: vgg16 b4")[-1] == "not measured"
     assert cells("AVX2 on both sides: the layers of the four networks")[3] == "3.00x"
     assert cells("all layers of ResNet-50, VGG-16, SmallCNN, EfficientNet-B0")[1] == "4"
+
+
+def test_the_fewest_multiplications() -> None:
+    """Winograd's tiles in six points an axis, where the library has them; else those of a sum."""
+    fewer = roofline.fewer_multiplications
+    assert fewer((3, 3), 1, 64, 64, "dgrad") == 4
+    assert fewer((5, 5), 1, 64, 64, "wgrad") == pytest.approx(100 / 36)
+    assert fewer((7, 7), [1, 1], 64, 64, "fwd") == pytest.approx(49 * 9 / (4 * 36))
+    assert fewer((1, 7), (1, 1), 64, 64, "fwd") == pytest.approx(7 * 3 / (2 * 6))
+    assert [fewer((3, 3), 1, 3, 64, op) for op in ("fwd", "dgrad", "wgrad")] == [2, 1, 2]
+    assert fewer((3, 3), (2, 1), 64, 64, "fwd") == fewer((3, 3), 1, 64, 8, "fwd") == 1
+    assert fewer((1, 1), 1, 64, 64, "fwd") == fewer((2, 2), 1, 64, 64, "fwd") == 1
+
+
+def test_least_flops_of_a_model() -> None:
+    """SmallCNN: the first layer's input gradient is left out, dense layers count as they are."""
+    model, (images, _) = create_model("smallcnn"), steps.batch(2, (3, 32, 32))
+    first, second, dense = (2 * 2 * n for n in (32 * 32 * 27 * 32, 16 * 16 * 288 * 64, 525_568))
+    assert steps.least_flops(model, images, ("fwd",)) == first / 2 + second / 4 + dense
+    assert steps.least_flops(model, images) == 2 * first / 2 + 3 * (second / 4 + dense)
 
 
 def test_the_page_has_every_loss_and_its_pictures(tmp_path: Path) -> None:
