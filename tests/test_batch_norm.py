@@ -293,6 +293,35 @@ def test_with_max_pooling(shape, kernel, stride, activation, dtype, isa):
         assert is_channels_last(y) == is_channels_last(right)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize(("shape", "kernel", "stride"), POOLED, ids=str)
+def test_with_max_pooling_backward(shape, kernel, stride, activation, dtype, isa):
+    """Where the windows tile the image, and where not; each gradient alone has the same bits."""
+    case = Case(shape, activation=activation, dtype=dtype, offset=0.5)
+    window, rest = (kernel, stride), {"bias": case.bias, "activation": activation}
+    for order in orders(shape):
+        x = order(case.x)
+        y, places, *statistics = fc.batch_norm_max_pool_train(
+            x, case.weight, case.bias, None, None, 0.1, EPS, *window, activation=activation
+        )
+        dy = order(normal("pooled", shape=y.shape, dtype=dtype))
+        case.dy = np.asarray(fc.max_pool2d_backward(dy, x, *window, places=places))
+        known = (dy, x, places, case.weight, *statistics, *window)
+        gradients = fc.batch_norm_max_pool_backward(*known, **rest)
+        if dtype is np.float32:
+            check_backward(case, (*gradients, None))
+        else:
+            right = fc.batch_norm_backward(case.dy, x, case.weight, *statistics, **rest)
+            for a, b in zip(gradients, right[:3], strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+        assert is_channels_last(gradients[0]) == is_channels_last(x)
+        for i, needs in enumerate(np.eye(3, dtype=bool)):
+            alone = fc.batch_norm_max_pool_backward(*known, **rest, needs=needs)
+            assert [g is not None for g in alone] == list(needs)
+            assert_same_bits(alone[i], gradients[i])
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("size", [1, 9])
 def test_moments_of_a_convolution(size, bias, isa):
@@ -323,10 +352,29 @@ def test_moments_of_an_empty_convolution(isa):
     assert_same_bits(moments, np.array([[3.0, -1.0], [0.0, 0.0]]))
 
 
+def test_with_max_pooling_of_no_image(isa):
+    x, known = np.zeros((0, 3, 4, 4), "f"), (None, np.zeros(3, "f"), np.ones(3, "f"))
+    y, places = np.zeros((0, 3, 2, 2), "f"), np.zeros((0, 3, 2, 2), np.uint8)
+    dx, dweight, dbias = fc.batch_norm_max_pool_backward(y, x, places, *known, 2)
+    assert dx.shape == x.shape
+    assert_same_bits(dweight, np.zeros(3, "f"))
+    assert_same_bits(dbias, np.zeros(3, "f"))
+
+
 def test_with_max_pooling_refuses():
     train = (normal("x", shape=(1, 3, 20, 20)), None, None, None, None, 0.1, EPS)
     with pytest.raises(ValueError, match="at most 256 elements, got 17 x 17"):
         fc.batch_norm_max_pool_train(*train, 17)
+    x, vectors = train[0], (None, np.zeros(3, "f"), np.ones(3, "f"))
+    dy, places = np.zeros((1, 3, 10, 10), "f"), np.zeros((1, 3, 10, 10), np.uint8)
+    with pytest.raises(ValueError, match=r"dy must have shape .*10, 10.* got .*10, 9"):
+        fc.batch_norm_max_pool_backward(dy[..., :9], x, places, *vectors, 2)
+    with pytest.raises(ValueError, match=r"places must have shape"):
+        fc.batch_norm_max_pool_backward(dy, x, places[:, :2], *vectors, 2)
+    with pytest.raises(TypeError, match="places must be uint8, got float32"):
+        fc.batch_norm_max_pool_backward(dy, x, dy, *vectors, 2)
+    with pytest.raises(ValueError, match="needs must have 3 flags"):
+        fc.batch_norm_max_pool_backward(dy, x, places, *vectors, 2, needs=(True,))
     with pytest.raises(ValueError, match="21"):
         fc.batch_norm_max_pool_train(*train, (21, 2))
 

@@ -82,6 +82,11 @@ def other_operations() -> Operations:
         "batch_norm_max_pool_train",
         lambda: fc.batch_norm_max_pool_train(x, weight, bias, None, None, 0.1, 1e-5, 2),
     )
+    y, places, mean, rstd = fc.batch_norm_max_pool_train(x, weight, bias, None, None, 0.1, 1e-5, 2)
+    yield (
+        "batch_norm_max_pool_backward",
+        lambda: fc.batch_norm_max_pool_backward(y, x, places, weight, mean, rstd, 2, bias=bias),
+    )
     yield (
         "batch_norm_backward silu",
         lambda: fc.batch_norm_backward(dy, x, weight, bias, weight, bias=bias, activation="silu"),

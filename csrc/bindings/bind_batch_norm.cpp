@@ -291,6 +291,46 @@ std::tuple<Array, Array, Array, Array> batch_norm_max_pool_train(const Array& x_
   return {y.finish(), places.finish(), mean, rstd};
 }
 
+std::tuple<MaybeArray, MaybeArray, MaybeArray> batch_norm_max_pool_backward(
+    const Array& dy_in, const Array& x_in, const Array& places_in, const MaybeArray& weight_in, const Array& mean_in,
+    const Array& rstd_in, const MaybeArray& bias_in, const std::string& activation_name, Pair kernel, Pair stride,
+    std::array<bool, 3> needs) {
+  const Activation activation = parse_activation(activation_name);
+  const TensorView x_view = view(x_in, "input"), dy_view = view(dy_in, "dy"), places_view = view(places_in, "places");
+  const BatchNormProblem problem = make_batch_norm(x_view.dtype, shape4(x_view, "input"), 0, false);
+  const Pool2dProblem pool = make_max_pool2d(problem.dtype, problem.shape, kernel, stride, {0, 0}, {1, 1}, false);
+  check_places(kernel);
+  check_dtype("dy", dy_view, problem.dtype);
+  check_shape4("dy", dy_view, pool.y_shape());
+  check_dtype("places", places_view, DType::kUInt8);
+  check_shape4("places", places_view, pool.y_shape());
+  const ChannelVector weight(weight_in, "weight", problem), bias(bias_in, "bias", problem);
+  const ChannelVector mean(mean_in, "mean", problem), rstd(rstd_in, "rstd", problem);
+  const ChannelsLast dy(dy_in, "dy"), places(places_in, "places"), x(x_in, "input");
+  std::optional<Output> dx;
+  std::tuple<MaybeArray, MaybeArray, MaybeArray> result;
+  device::BatchNormGradients out;
+  if (needs[0]) {
+    dx.emplace(problem.dtype, problem.shape, x.layout());
+    out.dx = dx->data();
+  }
+  const auto vector = [&](bool needed, MaybeArray& array, void*& data) {
+    if (!needed) return;
+    array = new_array(problem.parameter_dtype(), {problem.channels()});
+    data = array->mutable_data();
+  };
+  vector(needs[1], std::get<1>(result), out.dweight);
+  vector(needs[2], std::get<2>(result), out.dbias);
+  {
+    py::gil_scoped_release nogil;
+    device::batch_norm_max_pool_backward(
+        problem, {x.data(), mean.data(), rstd.data(), weight.data(), bias.data(), nullptr, activation}, pool, dy.data(),
+        static_cast<const uint8_t*>(places.data()), out);
+  }
+  if (dx) std::get<0>(result) = dx->finish();
+  return result;
+}
+
 }  // namespace
 
 void bind_batch_norm(py::module_& m) {
@@ -308,6 +348,8 @@ void bind_batch_norm(py::module_& m) {
         "products"_a, "count"_a, "bias"_a, "activation"_a);
   m.def("batch_norm_max_pool_train", &batch_norm_max_pool_train, "x"_a, "weight"_a, "bias"_a, "running_mean"_a,
         "running_var"_a, "momentum"_a, "eps"_a, "activation"_a, "kernel_size"_a, "stride"_a, "moments"_a);
+  m.def("batch_norm_max_pool_backward", &batch_norm_max_pool_backward, "dy"_a, "x"_a, "places"_a, "weight"_a, "mean"_a,
+        "rstd"_a, "bias"_a, "activation"_a, "kernel_size"_a, "stride"_a, "needs"_a);
 }
 
 }  // namespace fastconv::bindings

@@ -100,6 +100,12 @@ bool PoolAxis::disjoint() const {
   return true;
 }
 
+bool PoolAxis::tiles(int64_t size) const {
+  int64_t covered = 0;
+  for (const AxisWindow& window : windows) covered += window.count;
+  return disjoint() && covered == size;
+}
+
 Pool2dProblem make_max_pool2d(DType dtype, const Shape& x, Pair kernel, Pair stride, Pair padding, Pair dilation,
                               bool ceil_mode) {
   Pool2dProblem problem = sliding(dtype, x, kernel, stride, padding, dilation, ceil_mode, false);

@@ -20,6 +20,8 @@ struct PoolAxis {
   int64_t step = 1;                 // the dilation
   // No element belongs to two windows, and windows have no holes.
   bool disjoint() const;
+  // Each of `size` elements belongs to one window.
+  bool tiles(int64_t size) const;
 };
 
 struct Pool2dProblem {

@@ -199,25 +199,47 @@ void gradient_sums(const BatchNormProblem& a, const BatchNormArguments& args, co
   add_chunks(sums.as<double>(), chunks, 2 * channels, 2 * channels, totals);
 }
 
-// dx = rstd weight (dz - mean of dz - (x - mean) rstd^2 mean of dz (x - mean)), the means over `count` values.
+// What is subtracted from dz in dx = rstd weight (dz - mean of dz - (x - mean) rstd^2 mean of dz (x - mean)), the means
+// over `count` values: of each channel the mean of dz, and the slope over x - mean.
+template <class T> struct Subtracted {
+  Subtracted(int64_t channels, const BatchNormArguments& args, const double* sum, const double* products, int64_t count)
+      : vectors(2 * channels * sizeof(T)) {
+    T *m = vectors.template as<T>(), *s = m + channels;
+    const auto* rstd = static_cast<const T*>(args.rstd);
+    for (int64_t c = 0; c < channels; ++c) {
+      const double r = rstd[c], values = static_cast<double>(std::max<int64_t>(count, 1));
+      m[c] = static_cast<T>(sum[c] / values);
+      s[c] = static_cast<T>(products[c] * r * r / values);
+    }
+    mean_dz = m;
+    slope = s;
+  }
+  Buffer vectors;
+  const T *mean_dz, *slope;
+};
+
 template <class T>
 void backward_input(const BatchNormProblem& a, const BatchNormArguments& args, const Affine<T>& affine, const T* dy,
                     const double* sum, const double* products, int64_t count, T* dx) {
   const int64_t channels = a.channels();
   const auto kernel = kernels().batch_norm.of<T>().backward_input[static_cast<int>(args.activation)];
-  const Buffer vectors(2 * channels * sizeof(T));
-  T *mean_dz = vectors.as<T>(), *slope = mean_dz + channels;
-  const auto* rstd = static_cast<const T*>(args.rstd);
-  for (int64_t c = 0; c < channels; ++c) {
-    const double r = rstd[c], values = static_cast<double>(std::max<int64_t>(count, 1));
-    mean_dz[c] = static_cast<T>(sum[c] / values);
-    slope[c] = static_cast<T>(products[c] * r * r / values);
-  }
+  const Subtracted<T> terms(channels, args, sum, products, count);
   const bool streaming = dx != dy && worth_streaming(a, dx);
   parallel_rows(a.rows(), channels, [&](int64_t row, int64_t rows) {
     const int64_t at = row * channels;
-    kernel(rows_at<T>(a, args, affine, row, rows, streaming), dy + at, mean_dz, slope, dx + at);
+    kernel(rows_at<T>(a, args, affine, row, rows, streaming), dy + at, terms.mean_dz, terms.slope, dx + at);
   });
+}
+
+// Of the parameters, from the sums of dz and of dz (x - mean).
+template <class T>
+void store_gradients(int64_t channels, const BatchNormArguments& args, const double* totals,
+                     const BatchNormGradients& out) {
+  const auto* rstd = static_cast<const T*>(args.rstd);
+  for (int64_t c = 0; c < channels; ++c) {
+    if (out.dweight) static_cast<T*>(out.dweight)[c] = static_cast<T>(totals[channels + c] * rstd[c]);
+    if (out.dbias) static_cast<T*>(out.dbias)[c] = static_cast<T>(totals[c]);
+  }
 }
 
 template <class T>
@@ -235,11 +257,7 @@ void backward(const BatchNormProblem& a, BatchNormArguments args, const T* dy, b
   if (sums || !dx) {
     T* dz = dresidual ? dresidual : dx && costly(args.activation) ? dx : nullptr;
     gradient_sums<T>(a, args, affine, dy, dz, totals);
-    const auto* rstd = static_cast<const T*>(args.rstd);
-    for (int64_t c = 0; c < channels; ++c) {
-      if (out.dweight) static_cast<T*>(out.dweight)[c] = static_cast<T>(totals[channels + c] * rstd[c]);
-      if (out.dbias) static_cast<T*>(out.dbias)[c] = static_cast<T>(totals[c]);
-    }
+    store_gradients<T>(channels, args, totals, out);
     if (dz) {  // the derivative has been applied: the second pass need not find it again
       dy = dz;
       dresidual = nullptr;
@@ -258,6 +276,54 @@ void backward(const BatchNormProblem& a, BatchNormArguments args, const T* dy, b
     return;
   }
   backward_input<T>(a, args, affine, dy, totals, totals + channels, rows, dx);
+}
+
+// Windows that tile the image: the sums are those of the maxima alone, and neither pass needs the gradient of the
+// normalised image in memory.
+template <class T>
+void backward_max_pool(const BatchNormProblem& a, const BatchNormArguments& args, const Pool2dProblem& pool,
+                       const T* dy, const uint8_t* places, const BatchNormGradients& out) {
+  const int64_t channels = a.channels(), activation = static_cast<int64_t>(args.activation);
+  const auto& kernel = kernels().batch_norm.of<T>();
+  const auto* x = static_cast<const T*>(args.x);
+  const Affine<T> affine(a, args);
+  const BatchNormRows<T> vectors = rows_at<T>(a, args, affine, 0, 0);
+  const PoolBands<T> bands(pool);
+  const int64_t chunks = std::min(chunk_count(a.rows(), channels), bands.count());
+  const int64_t block_bands = std::max<int64_t>(kMaxBlockRows / pool.q(), 1);
+
+  const Buffer sums(chunks * 2 * channels * sizeof(double)), vectors_of_totals(2 * channels * sizeof(double));
+  auto* totals = vectors_of_totals.as<double>();
+  parallel_for(chunks, [&](int64_t i, int) {
+    double* chunk = sums.as<double>() + 2 * i * channels;
+    std::fill(chunk, chunk + 2 * channels, 0.0);
+    const Buffer scratch(2 * channels * sizeof(T));
+    T* block = scratch.as<T>();
+    const Range mine = split(bands.count(), chunks, i);
+    for (int64_t first = mine.begin; first < mine.end; first += block_bands) {
+      std::fill(block, block + 2 * channels, T{0});
+      for (int64_t band = first; band < std::min(first + block_bands, mine.end); ++band)
+        kernel.pooled_sums[activation](bands.backward_row(band, x, dy, places, nullptr), vectors, block,
+                                       block + channels);
+      for (int64_t c = 0; c < 2 * channels; ++c) chunk[c] += block[c];
+    }
+  });
+  add_chunks(sums.as<double>(), chunks, 2 * channels, 2 * channels, totals);
+  store_gradients<T>(channels, args, totals, out);
+  auto* dx = static_cast<T*>(out.dx);
+  if (!dx) return;
+
+  const Subtracted<T> terms(channels, args, totals, totals + channels, a.rows());
+  const bool streaming = worth_streaming(a, dx);
+  // Backwards, as parallel_rows.
+  parallel_ranges(bands.count(), std::max<int64_t>(kChunkElements / 4 * bands.count() / (a.rows() * channels), 1),
+                  [&](int64_t begin, int64_t end) {
+                    for (int64_t band = bands.count() - end; band < bands.count() - begin; ++band) {
+                      PoolRow<T> row = bands.backward_row(band, x, dy, places, dx);
+                      row.streaming = streaming;
+                      kernel.pooled_input[activation](row, vectors, terms.mean_dz, terms.slope);
+                    }
+                  });
 }
 
 }  // namespace
@@ -331,6 +397,16 @@ void batch_norm_max_pool(const BatchNormProblem& a, const BatchNormArguments& ar
   dispatch_float(a.dtype, [&](auto t) {
     using T = decltype(t);
     forward_max_pool<T>(a, args, pool, static_cast<T*>(y), places);
+  });
+}
+
+void batch_norm_max_pool_backward(const BatchNormProblem& a, const BatchNormArguments& args, const Pool2dProblem& pool,
+                                  const void* dy, const uint8_t* places, const BatchNormGradients& out) {
+  if (!pool.rows.tiles(pool.h) || !pool.columns.tiles(pool.w) || a.rows() * a.channels() == 0)
+    return backward_one_by_one(a, args, pool, dy, places, out);
+  dispatch_float(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    backward_max_pool<T>(a, args, pool, static_cast<const T*>(dy), places, out);
   });
 }
 

@@ -261,6 +261,16 @@ template <class T> void PoolBands<T>::max(int64_t band, const T* x, T* y, uint8_
   kernels().pool2d.of<T>().max_place(row);
 }
 
+template <class T>
+PoolRow<T> PoolBands<T>::backward_row(int64_t band, const T* x, const T* dy, const uint8_t* places, T* dx) const {
+  const Pool2dProblem& a = problem_;
+  const int64_t image = band / a.p(), pixels = image * a.h * a.w * a.c;
+  PoolRow<T> row = row_of<T>(a, windows_, band % a.p(), x + pixels, dx ? dx + pixels : nullptr,
+                             const_cast<T*>(dy) + image * a.p() * a.q() * a.c);
+  row.place = const_cast<uint8_t*>(places) + (row.y - dy);
+  return row;
+}
+
 template class PoolBands<float>;
 template class PoolBands<double>;
 

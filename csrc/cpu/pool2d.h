@@ -1,4 +1,4 @@
-// Max pooling for operations that make its input in the cache.
+// Max pooling for operations that are fused with it.
 #pragma once
 
 #include "cpu/kernels/pool2d.h"
@@ -16,6 +16,8 @@ template <class T> class PoolBands {
   int64_t most_rows() const;       // that a band covers
   // x: the rows of the band; y and places: the whole arrays
   void max(int64_t band, const T* x, T* y, uint8_t* places) const;
+  // The band for a backward kernel; all are whole arrays
+  PoolRow<T> backward_row(int64_t band, const T* x, const T* dy, const uint8_t* places, T* dx) const;
 
  private:
   const Pool2dProblem& problem_;

@@ -401,4 +401,9 @@ void batch_norm_max_pool(const BatchNormProblem& a, const BatchNormArguments& ar
   });
 }
 
+void batch_norm_max_pool_backward(const BatchNormProblem& a, const BatchNormArguments& args, const Pool2dProblem& pool,
+                                  const void* dy, const uint8_t* places, const BatchNormGradients& out) {
+  backward_one_by_one(a, args, pool, dy, places, out);
+}
+
 }  // namespace fastconv::cuda

@@ -2,8 +2,9 @@
 // [channels].
 #pragma once
 
+#include "core/allocator.h"
 #include "core/batch_norm_problem.h"
-#include "core/pool_problem.h"
+#include "device/pool2d.h"
 
 namespace fastconv::FASTCONV_DEVICE {
 
@@ -58,9 +59,18 @@ void batch_norm_backward(const BatchNormProblem&, const BatchNormArguments&, con
                          const BatchNormGradients&);
 
 // Followed by max pooling in the same pass: the normalised image is not written. y and places: those of max_pool2d. No
-// residual. The backward passes stay apart: making the gradient of the image in the cache, twice, costs more than it
-// saves (on a CPU 3 to 17% slower, by shape).
+// residual.
 void batch_norm_max_pool(const BatchNormProblem&, const BatchNormArguments&, const Pool2dProblem&, void* y,
                          uint8_t* places);
+// Its backward pass in training, dy and places like y.
+void batch_norm_max_pool_backward(const BatchNormProblem&, const BatchNormArguments&, const Pool2dProblem&,
+                                  const void* dy, const uint8_t* places, const BatchNormGradients&);
+// The same by two operations.
+inline void backward_one_by_one(const BatchNormProblem& a, const BatchNormArguments& args, const Pool2dProblem& pool,
+                                const void* dy, const uint8_t* places, const BatchNormGradients& out) {
+  const Buffer dz(std::max<int64_t>(a.rows() * a.channels(), 1) * itemsize(a.dtype));
+  max_pool2d_backward_places(pool, dy, places, dz.as<void>());
+  batch_norm_backward(a, args, dz.as<void>(), true, out);
+}
 
 }  // namespace fastconv::FASTCONV_DEVICE

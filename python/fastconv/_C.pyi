@@ -237,6 +237,19 @@ def batch_norm_max_pool_train(
     stride: _Pair,
     moments: tuple[int, np.ndarray, np.ndarray] | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: ...
+def batch_norm_max_pool_backward(
+    dy: np.ndarray,
+    x: np.ndarray,
+    places: np.ndarray,
+    weight: np.ndarray | None,
+    mean: np.ndarray,
+    rstd: np.ndarray,
+    bias: np.ndarray | None,
+    activation: str,
+    kernel_size: _Pair,
+    stride: _Pair,
+    needs: list[bool],
+) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]: ...
 
 # Local response normalisation
 def local_response_norm(

@@ -229,11 +229,10 @@ def batch_norm_max_pool2d(
     )  # fmt: skip
 
     def backward(dy: Array, needs: Needs) -> Sequence[Array | None]:
-        dz = ops.max_pool2d_backward(dy, xd, kernel_size, stride, places=places)
-        flags = (*needs, False)
-        return ops.batch_norm_backward(
-            dz, xd, wd, mean, rstd, bias=bd, activation=activation, needs=flags
-        )[:3]
+        return ops.batch_norm_max_pool_backward(
+            dy, xd, places, wd, mean, rstd, kernel_size, stride,
+            bias=bd, activation=activation, needs=needs,
+        )  # fmt: skip
 
     return apply(y, inputs, backward)
 

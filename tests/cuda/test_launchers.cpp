@@ -29,7 +29,9 @@ const DeviceInfo& device_info() {
 }
 bool tf32_allowed() { return true; }
 void do_or_record(std::function<void()> work) { work(); }
-const int32_t* constant_table(const std::vector<int32_t>&) { return nullptr; }  // of pooling, which is not called
+// Of pooling, which is not called.
+const int32_t* constant_table(const std::vector<int32_t>&) { return nullptr; }
+void max_pool2d_backward_places(const Pool2dProblem&, const void*, const uint8_t*, void*) {}
 void copy_bytes(void* to, const void* from, size_t bytes, Copy) { std::memcpy(to, from, bytes); }
 void apply_activation(Activation f, DType dtype, void* y, int64_t n) {
   dispatch_real(dtype, [&](auto t) {

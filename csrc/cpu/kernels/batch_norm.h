@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu/kernels/pool2d.h"
+
 namespace fastconv::cpu {
 
 constexpr int kBatchNormActivations = 7;  // none and the others, in the order of core's Activation
@@ -30,6 +32,10 @@ template <class T> struct BatchNormKernels {
   void (*backward_input[kBatchNormActivations])(const BatchNormRows<T>&, const T* dy, const T* a, const T* b, T* dx);
   // dx = scale dz; dz is stored unless null
   void (*backward_constant[kBatchNormActivations])(const BatchNormRows<T>&, const T* dy, T* dx, T* dz);
+  // The same behind max pooling, for a row of windows without overlap: dy is that of the maxima, whose places are
+  // given, and zero elsewhere in the windows. Of BatchNormRows only the vectors are read; sum and dot are added to.
+  void (*pooled_sums[kBatchNormActivations])(const PoolRow<T>&, const BatchNormRows<T>&, T* sum, T* dot);
+  void (*pooled_input[kBatchNormActivations])(const PoolRow<T>&, const BatchNormRows<T>&, const T* a, const T* b);
 };
 
 }  // namespace fastconv::cpu

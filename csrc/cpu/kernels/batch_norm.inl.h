@@ -5,6 +5,7 @@
 
 #include "cpu/kernels/batch_norm.h"
 #include "cpu/kernels/elementwise.inl.h"
+#include "cpu/kernels/pool2d.inl.h"
 #include "cpu/kernels/rows.inl.h"
 
 namespace fastconv::cpu {
@@ -143,6 +144,69 @@ template <class F, class T> void backward_constant(const BatchNormRows<T>& t, co
   });
 }
 
+// x at the place of a window's maximum; each element fetches the one `ahead` of it into L2.
+template <int R, int S, bool TAIL, class T>
+__attribute__((always_inline)) inline typename Lanes<T>::V at_place(const PoolRow<T>& t, const PoolWindow& window,
+                                                                    typename Lanes<T>::I place, int64_t c, int64_t n,
+                                                                    int64_t ahead) {
+  using I = typename Lanes<T>::I;
+  using Int = typename Lanes<T>::Int;
+  const int64_t columns = S > 0 ? S : window.columns;
+  typename Lanes<T>::V found{};
+  for_window<R, S>(t, window, [&](int64_t r, int64_t s, int64_t at) {
+    const I here = I{} + static_cast<Int>(r * columns + s);
+    found = place == here ? load_lanes<TAIL>(t.x + at + c, n) : found;
+    prefetch_l2(reinterpret_cast<const float*>(t.x + at + c + ahead));
+  });
+  return found;
+}
+
+template <class F, class T> void pooled_sums(const PoolRow<T>& t, const BatchNormRows<T>& a, T* sum, T* dot) {
+  using V = typename Lanes<T>::V;
+  constexpr int64_t kAhead = 64 * 1024 / static_cast<int64_t>(sizeof(T));
+  const int64_t ahead = t.next_row > 0 ? (kAhead / t.next_row + 1) * t.next_row : 0;  // some bands
+  for_lanes<T>(t.channels, [&](auto tail, int64_t c, int64_t n) {
+    const V mean = load_lanes<tail.value>(a.mean + c, n), scale = load_lanes<tail.value>(a.scale + c, n);
+    const V bias = load_lanes<tail.value>(a.bias + c, n);
+    V s = load_lanes<tail.value>(sum + c, n), d = load_lanes<tail.value>(dot + c, n);
+    for_outputs(t, [&](auto size, int64_t q) {
+      const int64_t at = q * t.pixel + c;
+      const auto place = load_places<tail.value, T>(t.place + at, n);
+      const V distance = at_place<size.rows, size.columns, tail.value>(t, t.windows[q], place, c, n, ahead) - mean;
+      const V g = F::template backward<T>(load_lanes<tail.value>(t.y + at, n), fma(distance, scale, bias), V{});
+      s = s + g;
+      d = fma(g, distance, d);
+    });
+    store_lanes<tail.value>(sum + c, s, n);
+    store_lanes<tail.value>(dot + c, d, n);
+  });
+}
+
+template <class F, class T>
+void pooled_input(const PoolRow<T>& t, const BatchNormRows<T>& a, const T* mean_dz, const T* slope) {
+  using V = typename Lanes<T>::V;
+  using I = typename Lanes<T>::I;
+  using Int = typename Lanes<T>::Int;
+  for_outputs(t, [&](auto size, int64_t q) {
+    const PoolWindow& window = t.windows[q];
+    const int64_t columns = size.columns > 0 ? size.columns : window.columns;
+    for_lanes<T>(t.channels, [&](auto tail, int64_t c, int64_t n) {
+      const V mean = load_lanes<tail.value>(a.mean + c, n), scale = load_lanes<tail.value>(a.scale + c, n);
+      const I place = load_places<tail.value, T>(t.place + q * t.pixel + c, n);
+      const V highest = at_place<size.rows, size.columns, tail.value>(t, window, place, c, n, t.next_row) - mean;
+      const V g = F::template backward<T>(load_lanes<tail.value>(t.y + q * t.pixel + c, n),
+                                          fma(highest, scale, load_lanes<tail.value>(a.bias + c, n)), V{});
+      for_window<size.rows, size.columns>(t, window, [&](int64_t r, int64_t s, int64_t at) {
+        const I here = I{} + static_cast<Int>(r * columns + s);
+        const V distance = load_lanes<tail.value>(t.x + at + c, n) - mean;
+        const V centred = (place == here ? g : V{}) - load_lanes<tail.value>(mean_dz + c, n) -
+                          distance * load_lanes<tail.value>(slope + c, n);
+        put_lanes<tail.value>(t.streaming, t.dx + at + c, centred * scale, n);
+      });
+    });
+  });
+}
+
 template <class T> constexpr BatchNormKernels<T> batch_norm_kernels() {
   return {
       moments<T>,
@@ -155,6 +219,10 @@ template <class T> constexpr BatchNormKernels<T> batch_norm_kernels() {
       {backward_constant<NoActivation, T>, backward_constant<ReLU, T>, backward_constant<ReLU6, T>,
        backward_constant<SiLU, T>, backward_constant<Sigmoid, T>, backward_constant<Tanh, T>,
        backward_constant<Hardswish, T>},
+      {pooled_sums<NoActivation, T>, pooled_sums<ReLU, T>, pooled_sums<ReLU6, T>, pooled_sums<SiLU, T>,
+       pooled_sums<Sigmoid, T>, pooled_sums<Tanh, T>, pooled_sums<Hardswish, T>},
+      {pooled_input<NoActivation, T>, pooled_input<ReLU, T>, pooled_input<ReLU6, T>, pooled_input<SiLU, T>,
+       pooled_input<Sigmoid, T>, pooled_input<Tanh, T>, pooled_input<Hardswish, T>},
   };
 }
 

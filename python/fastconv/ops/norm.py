@@ -295,8 +295,8 @@ def batch_norm_max_pool_train(
 
     Without the normalised image in memory, and with the bits of the two. No padding; windows have
     at most 256 elements, and should not overlap: rows that two of them share are normalised twice.
-    Returns (y, places, mean, rstd), y and places those of max_pool2d. The backward is that of
-    max_pool2d, then :func:`batch_norm_backward`. moments: as for batch_norm_train.
+    Returns (y, places, mean, rstd), y and places those of max_pool2d. moments: as for
+    batch_norm_train.
     """
     kernel = pair(kernel_size, "kernel_size")
     y, places, mean, rstd = kernels.batch_norm_max_pool_train(
@@ -313,3 +313,44 @@ def batch_norm_max_pool_train(
         _given(moments),
     )
     return like(y, x), like(places, x), like(mean, x), like(rstd, x)
+
+
+def batch_norm_max_pool_backward(
+    dy: Array,
+    x: Array,
+    places: Array,
+    weight: Array | None,
+    mean: Array,
+    rstd: Array,
+    kernel_size: Any,
+    stride: Any = None,
+    *,
+    bias: Array | None = None,
+    activation: str | None = None,
+    needs: Any = (True, True, True),
+) -> tuple[Array | None, Array | None, Array | None]:
+    """(dx, dweight, dbias) of :func:`batch_norm_max_pool_train`; None where `needs` says so.
+
+    dy has the shape of y; places, mean and rstd are those of the forward pass, and x, weight, bias,
+    kernel_size, stride and activation its arguments. Where the windows tile the image, on the CPU,
+    the gradient of the normalised image is not made in memory.
+    """
+    flags = [bool(flag) for flag in needs]
+    if len(flags) != 3:
+        raise ValueError(f"needs must have 3 flags, got {needs!r}")
+    kernel = pair(kernel_size, "kernel_size")
+    gradients = kernels.batch_norm_max_pool_backward(
+        operand(dy, "dy"),
+        operand(x, "input"),
+        operand(places, "places"),
+        _optional(weight, "weight"),
+        operand(mean, "mean"),
+        operand(rstd, "rstd"),
+        _optional(bias, "bias"),
+        activation or "",
+        kernel,
+        kernel if stride is None else pair(stride, "stride"),
+        flags,
+    )
+    dx, dweight, dbias = (None if g is None else like(g, dy) for g in gradients)
+    return dx, dweight, dbias
