@@ -6,6 +6,7 @@
 #include "bindings/convert.h"
 #include "cpu/parallel.h"
 #include "cpu/registry.h"
+#include "device/copy.h"
 
 namespace fastconv::bindings {
 namespace {
@@ -101,6 +102,18 @@ bool same_bytes(const std::vector<py::array>& arrays, const std::vector<py::arra
   return true;
 }
 
+Array dense_copy(const Array& x_in, bool channels_last) {
+  const TensorView x = view(x_in, "input");
+  const Shape shape = shape4(x, "input");
+  Array copy = new_array(x.dtype, {shape.begin(), shape.end()}, channels_last ? Layout::kChannelsLast : Layout::kNCHW);
+  const TensorView to = view(copy, "copy");
+  {
+    py::gil_scoped_release nogil;
+    cpu::copy_view(x, to);
+  }
+  return copy;
+}
+
 }  // namespace
 
 void bind_runtime(py::module_& m) {
@@ -120,6 +133,7 @@ void bind_runtime(py::module_& m) {
   m.def("set_memory_limit", &set_memory_limit, "bytes"_a);
   m.def("empty_cache", &empty_cache);
   m.def("sole_owner", &sole_owner, "holder"_a, "descriptor"_a);
+  m.def("dense_copy", &dense_copy, "x"_a, "channels_last"_a);
   m.def("same_bytes", &same_bytes, "arrays"_a, "copies"_a);
   m.def("measure_fma_peak", &measure_fma_peak, "seconds"_a, "threads"_a, py::call_guard<py::gil_scoped_release>());
   m.def("measure_bandwidth", &measure_bandwidth, "bytes"_a, "threads"_a, py::call_guard<py::gil_scoped_release>());

@@ -32,7 +32,7 @@ from typing import Any, SupportsFloat, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fastconv import cuda, ops
+from fastconv import _C, cuda, ops
 from fastconv.ops._arrays import operand
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -343,7 +343,11 @@ class Tensor:
         if first > last:
             raise ValueError(f"flatten: start_dim {start_dim} comes after end_dim {end_dim}")
         joined = math.prod(self.shape[first : last + 1])
-        return self.reshape((*self.shape[:first], joined, *self.shape[last + 1 :]))
+        shape, old = (*self.shape[:first], joined, *self.shape[last + 1 :]), self.shape
+        if (first, last) == (1, 3) and self.ndim == 4 and _is_channels_last(self.data):
+            rows = _C.dense_copy(self.data, False).reshape(shape)
+            return apply(rows, (self,), lambda dy, _: (dy.reshape(old),))
+        return self.reshape(shape)
 
 
 def to_numpy(value: Any) -> Array:
@@ -507,9 +511,25 @@ def in_form(grad: Array, like: Array | _Node) -> Array:
     order = memory_order(like.shape, like.strides)
     if cuda.is_device_array(grad):
         return cuda.in_order(grad, order, like.dtype)
+    if order in ([0, 1, 2, 3], [0, 2, 3, 1]) and grad.dtype == like.dtype in _COPIED:
+        return _C.dense_copy(grad, order[1] == 2)
     result = empty_in_order(like.shape, order, like.dtype)
     result[...] = grad
     return result
+
+
+# Numbers of images that the library copies from one layout to another, in threads.
+_COPIED = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def _is_channels_last(image: Array) -> bool:
+    """Whether a numpy image [N,C,H,W] of real numbers lies so that its rows [N,C*H*W] do not."""
+    return (
+        isinstance(image, np.ndarray)
+        and image.dtype in _COPIED
+        and not image.flags.c_contiguous
+        and image.transpose(0, 2, 3, 1).flags.c_contiguous
+    )
 
 
 def form_of(array: Array) -> Array:
