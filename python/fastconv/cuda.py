@@ -100,6 +100,11 @@ def device_info() -> dict[str, Any]:
     return info
 
 
+def in_use() -> bool:
+    """Whether arrays of a CUDA device can exist: the device has been asked for, and is there."""
+    return _module is not None
+
+
 def is_device_array(x: Any) -> bool:
     """Whether `x` is this library's array of a CUDA device."""
     return _module is not None and isinstance(x, _module.Array)

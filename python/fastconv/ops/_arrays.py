@@ -41,6 +41,8 @@ class _Kernels:
         on_cpu = getattr(_C, name)
 
         def call(*operands: Any) -> Any:
+            if not cuda.in_use():
+                return on_cpu(*operands)
             places = {place for place in map(_on_device, operands) if place is not None}
             if places == {True}:
                 return getattr(cuda.kernels(), name)(*operands)
@@ -62,6 +64,8 @@ def operand(x: Array, name: str) -> Any:
     else, and for bfloat16 on the CPU; RuntimeError for an operand on a CUDA device that this
     library cannot use.
     """
+    if type(x) is np.ndarray and x.dtype.isbuiltin == 1 and x.flags.aligned:
+        return x  # the usual case
     array = to_stored(x, name)
     if isinstance(array, np.ndarray) and array.dtype == BFLOAT16:
         raise TypeError(
@@ -119,10 +123,10 @@ def _from_dlpack(x: Array, name: str) -> Any:
 
 def like(y: Any, x: Array) -> Array:
     """`y` as the kind of array that `x` is, sharing memory."""
+    if isinstance(x, np.ndarray):
+        return y if y.dtype.isbuiltin == 1 or y.dtype != BFLOAT16 else y.view(x.dtype)
     if cuda.is_device_array(x):
         return y
-    if isinstance(x, np.ndarray):
-        return y if y.dtype != BFLOAT16 else y.view(x.dtype)
     top = type(x).__module__.partition(".")[0]
     if top == "torch":
         torch = sys.modules["torch"]
