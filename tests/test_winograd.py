@@ -122,6 +122,19 @@ def test_more_tiles_than_fit_at_once(case):
     check(case)
 
 
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_channels_in_parts_change_no_bit(kernel, isa):
+    """Weights that are kept, or that few tiles use, are transformed some channels at a time."""
+    rng = np.random.default_rng(kernel)
+    x = channels_last(rng.standard_normal((12, 150, 8, 9), np.float32))
+    w = rng.standard_normal((140, 150, kernel, kernel), np.float32)
+    with forced("winograd"):
+        y = fc.conv2d(x, w, padding=kernel // 2)
+        assert_same_bits(fc.conv2d(x[:1], w, padding=kernel // 2), y[:1])
+        assert_same_bits(fc.conv2d(x, channels_last(w), padding=kernel // 2), y)
+        assert_same_bits(fc.PackedConv2d(w, padding=kernel // 2)(x), y)
+
+
 def ranges(x: np.ndarray, kind: str) -> np.ndarray:
     generator = reference.generator(kind)
     changes: dict[str, Callable[[], np.ndarray]] = {
@@ -280,3 +293,6 @@ def test_declines_with_a_reason():
     assert "channels" in reason(15, 8, 16, padding=1)
     assert "channels" in reason(16, 8, 15, padding=1)
     assert "small" in reason(16, 2, 16, padding=1)
+    assert "few tiles" in reason(256, 4, 128, padding=1)
+    assert reason(128, 4, 128, padding=1) is None
+    assert reason(256, 7, 128, padding=1) is None

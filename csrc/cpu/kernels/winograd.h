@@ -91,9 +91,11 @@ struct RowGradient {
 template <class T> struct WinogradTransforms {
   void (*input)(const WinogradInput<T>&);
   void (*output)(const WinogradOutput<T>&);
-  // As Conv2dKernels::pack_weights.
+  // As those of Conv2dKernels.
   void (*pack_weights)(const T* src, int64_t out_step, int64_t in_step, int64_t outs, int64_t ins, int64_t width,
                        float* dst);
+  void (*pack_taps)(const T* src, int64_t out_step, int64_t in_step, int64_t taps, int64_t outs, int64_t ins,
+                    int64_t width, const int64_t* places, float* dst);
 };
 
 struct WinogradKernels {

@@ -513,8 +513,8 @@ void row_gradient(const RowGradient& t) {
 }
 
 constexpr WinogradKernels winograd_kernels() {
-  return {{winograd_input<float>, winograd_output<float>, pack_weights<float>},
-          {winograd_input<BFloat16>, winograd_output<BFloat16>, pack_weights<BFloat16>},
+  return {{winograd_input<float>, winograd_output<float>, pack_weights<float>, pack_taps<float>},
+          {winograd_input<BFloat16>, winograd_output<BFloat16>, pack_weights<BFloat16>, pack_taps<BFloat16>},
           winograd_gradient,
           {winograd_weights<3>, winograd_weights<5>},
           {winograd_weight_gradient<3>, winograd_weight_gradient<5>},
