@@ -264,10 +264,17 @@ PackedWeights packed_taps(const DirectProblem& d, const Axis& rows, const Axis& 
   });
 }
 
+// What is fetched into L2 while products are made: of the next position v rather than u, and weights wanted later.
+struct Fetch {
+  bool v = false;
+  const float* weights = nullptr;
+  int64_t floats = 0;
+};
+
 // m = v u at every position, for the tiles of v, summed over the channels of u, the first of which begins a block; of
-// later channels the sums go on. fetch_v: of what the next position reads, v is fetched rather than u.
+// later channels the sums go on.
 void multiply(const Tiles& tiles, const Block& v, Range channels, const float* u, int64_t u_position, int64_t width,
-              const Block& m, bool fetch_v) {
+              const Block& m, const Fetch& fetch) {
   const auto& k = kernels().conv2d;
   DirectTile::Tap tap{};
   DirectTile t{};
@@ -284,9 +291,11 @@ void multiply(const Tiles& tiles, const Block& v, Range channels, const float* u
     const Range here = tiles.at(p, v.tiles);
     const int64_t count = here.end - here.begin, parts = ceil_divide(count, k.tile_pixels);
     t.w = u + p * u_position;
+    const Range share = split(fetch.floats / kBlock, kPositions, p);
+    for (int64_t i = share.begin; i < share.end; ++i) __builtin_prefetch(fetch.weights + i * kBlock, 0, 2);
     for (int64_t i = 0; i < parts; ++i) {
       const Range part = split(count, parts, i);
-      t.next = i > 0 || p + 1 == kPositions ? t.w : fetch_v ? v_block + v.position : t.w + u_position;
+      t.next = i > 0 || p + 1 == kPositions ? t.w : fetch.v ? v_block + v.position : t.w + u_position;
       const int64_t first = here.begin + part.begin - v.tiles.begin;
       tap.x[0] = v_block + first * kBlock;
       t.y = m.data + p * m.position + first * width;
@@ -369,7 +378,7 @@ void run_small(const DirectProblem& d, const Arrays<T>& a, const Tiles& tiles, c
         const Block v{own, mine, v_position}, m{own + kPositions * v_position, mine, m_position};
         transform_input(a.x, group_source(d.source, g), rows, columns, tiles, mine, v);
         for (int64_t panel = 0; panel < panels.count(); ++panel) {
-          multiply(tiles, v, {0, channels}, u + panel * u_panel, u_position, panels.width(panel), m, false);
+          multiply(tiles, v, {0, channels}, u + panel * u_panel, u_position, panels.width(panel), m, {});
           transform_output(d, a, rows, columns, tiles, mine, panels, g, panel, m);
         }
       },
@@ -426,10 +435,14 @@ void run_large(const DirectProblem& d, const Arrays<T>& a, const Tiles& tiles, c
           for (int64_t c = 0; c < channels; c += step) {
             const Range some{c, std::min(channels, c + step)};
             transform_weights(a.w, d.w, rows, columns, panels, g, panel, some, u, u_position, weights);
+            Fetch fetch{in_parts};
+            if (weights && some.end < channels)
+              fetch.weights = weights + taps * some.end * width,
+              fetch.floats = taps * std::min(step, channels - some.end) * width;
             for (int64_t j = mine.begin; j < mine.end; ++j) {
               const Block v = input(j);
               const Block m{u + u_floats + (in_parts ? j - mine.begin : 0) * m_floats, v.tiles, m_position};
-              multiply(tiles, v, some, u, u_position, width, m, in_parts);
+              multiply(tiles, v, some, u, u_position, width, m, j == mine.begin ? fetch : Fetch{in_parts});
               if (some.end == channels) transform_output(d, a, rows, columns, tiles, v.tiles, panels, g, panel, m);
             }
           }
