@@ -61,7 +61,7 @@ def alternate(
         call()
         estimate = max(seconds_per_call(call, 1), 1e-7)
         calls[name] = math.ceil(MIN_SAMPLE_SECONDS / estimate)
-        round_seconds += calls[name] * estimate
+        round_seconds += calls[name] * estimate + pause
 
     rounds = max(min_rounds, min(MAX_ROUNDS, round(budget / round_seconds)))
     names = list(candidates)
