@@ -14,8 +14,9 @@ Call = Callable[[], object]
 MIN_SAMPLE_SECONDS = 1e-3
 MAX_ROUNDS = 100
 # Seconds of rest before each sample of a whole model: a library's threads spin for a while when
-# they have nothing to do, and would slow down whoever comes next.
-PAUSE = 0.01
+# they have nothing to do, those of ONNX Runtime for 50 ms, and would take a core from whoever comes
+# next.
+PAUSE = 0.06
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def alternate(
         call()
         estimate = max(seconds_per_call(call, 1), 1e-7)
         calls[name] = math.ceil(MIN_SAMPLE_SECONDS / estimate)
-        round_seconds += calls[name] * estimate
+        round_seconds += calls[name] * estimate + pause
 
     rounds = max(min_rounds, min(MAX_ROUNDS, round(budget / round_seconds)))
     names = list(candidates)

@@ -1,4 +1,4 @@
-"""bfloat16 in and out: the forward pass of 3x3 and 5x5 convolutions at stride 1."""
+"""bfloat16 in and out: the forward pass of 3x3, 5x5, 7x7, 1x7 and 7x1 convolutions at stride 1."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ CASES = [
     ConvCase("large_weights", 1, 130, 7, 9, 140, 3, 3, padding=1),
     ConvCase("groups", 2, 66, 8, 9, 70, 3, 3, padding=2, groups=2),
     ConvCase("5x5", 2, 17, 9, 8, 33, 5, 5, padding=2),
+    ConvCase("7x7", 1, 18, 9, 11, 33, 7, 7, padding=3),
+    ConvCase("7x1", 2, 33, 12, 7, 24, 7, 1, padding=(3, 0)),
     ConvCase("dilated", 1, 32, 11, 10, 24, 3, 3, padding=2, dilation=2),
 ]
 FEW = [

@@ -23,6 +23,11 @@ from tests.reference import assert_same_bits, conv_data
 
 # More weights than Winograd keeps in transformed form.
 WIDE = ConvCase("wide", 1, 130, 6, 6, 140, 3, 3, padding=1)
+# Kernels that Winograd takes in parts: kept in transformed form, and packed.
+PARTS = [
+    ConvCase("1x7", 1, 24, 5, 9, 40, 1, 7, padding=(0, 3)),
+    ConvCase("7x7_wide", 1, 130, 6, 6, 140, 7, 7, padding=3),
+]
 IMAGES = channels_last(np.random.default_rng(0).standard_normal((2, 8, 9, 7), np.float32))
 
 
@@ -103,7 +108,7 @@ def test_models_in_both_modes(name: str) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [*CONV_GEOMETRY[::3], *CONV_PADDING[::4], *CONV_GROUPS[::3], WIDE],
+    [*CONV_GEOMETRY[::3], *CONV_PADDING[::4], *CONV_GROUPS[::3], WIDE, *PARTS],
     ids=str,
 )
 def test_kept_weights_give_the_bits_of_fresh_ones(isa: str, case: ConvCase) -> None:

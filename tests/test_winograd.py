@@ -1,5 +1,6 @@
-"""Winograd F(4x4, 3x3), F(2x2, 5x5) and, on few channels, F(4, 3) along rows: sizes, channels,
-padding, dilation, data of any range, and what it may not touch."""
+"""Winograd F(4x4, 3x3), F(2x2, 5x5), F(3x3, 4x4) and F(3, 4) of kernels in parts and, on few
+channels, F(4, 3) along rows: sizes, channels, padding, dilation, data of any range, and what it may
+not touch."""
 
 from __future__ import annotations
 
@@ -54,6 +55,15 @@ def test_sizes(size, isa):
     check(case3x3("columns", 1, 17, 14, size, 18))
 
 
+@pytest.mark.parametrize("size", range(5, 12))
+def test_sizes_of_kernels_in_parts(size, isa):
+    """Every last tile, across and down."""
+    check(ConvCase("7x7", 1, 16, size, 8, 17, 7, 7, padding=3))
+    for r, s in ((1, 7), (7, 1)):
+        if size != 7:  # where too many of the tiles' outputs are beyond the image
+            check(ConvCase(f"{r}x{s}", 1, 24, size, size, 25, r, s, padding=(r // 2, s // 2)))
+
+
 @pytest.mark.parametrize("channels", [16, 17, 24, 31, 32, 33, 40, 48, 63, 65])
 def test_channels(channels, isa):
     check(case3x3("c", 1, channels, 8, 7, 16))
@@ -83,6 +93,23 @@ CASES_5X5 = [
     ConvCase("5x5_dilated", 1, 16, 13, 14, 24, 5, 5, padding=(4, 2), dilation=(2, 1)),
 ]
 
+# Kernels in parts of four taps; 7x1 is 1x7 with its axes exchanged.
+CASES_7 = [
+    ConvCase("7x7", 2, 20, 9, 8, 40, 7, 7, padding=3),
+    ConvCase("7x7_valid", 1, 17, 13, 12, 18, 7, 7),
+    ConvCase("7x7_four_sides", 1, 18, 7, 9, 20, 7, 7, padding=((0, 5), (4, 1))),
+    ConvCase("7x7_groups", 2, 66, 6, 7, 36, 7, 7, padding=3, groups=2),
+    ConvCase("7x7_large", 1, 130, 7, 6, 140, 7, 7, padding=3),
+    ConvCase("7x7_dilated", 1, 16, 17, 14, 24, 7, 7, padding=(6, 3), dilation=(2, 1)),
+    ConvCase("1x7", 2, 33, 5, 8, 40, 1, 7, padding=(0, 3)),
+    ConvCase("7x1", 2, 40, 9, 5, 33, 7, 1, padding=(3, 0)),
+    ConvCase("1x7_four_sides", 1, 24, 4, 9, 25, 1, 7, padding=((1, 0), (2, 4))),
+    ConvCase("7x1_groups", 2, 96, 6, 5, 50, 7, 1, padding=((3, 3), (1, 2)), groups=2),
+    ConvCase("1x7_large", 3, 330, 2, 9, 320, 1, 7, padding=(0, 3)),
+    ConvCase("7x1_large", 1, 250, 8, 3, 210, 7, 1, padding=(3, 0)),
+    ConvCase("7x1_dilated", 1, 25, 18, 4, 24, 7, 1, padding=(6, 0), dilation=(2, 3)),
+]
+
 # Grids of equal and of different sizes, larger and smaller than a tile.
 CASES_DILATED = [
     ConvCase("dilated_2", 2, 20, 12, 16, 40, 3, 3, padding=2, dilation=2),
@@ -110,16 +137,37 @@ def test_rows_of_few_channels(width, isa):
     check(case3x3("width", 1, 2 + width % 3, 4, width, 18))
 
 
-@pytest.mark.parametrize("case", CASES + CASES_5X5 + CASES_DILATED + CASES_ROWS, ids=str)
+@pytest.mark.parametrize("case", CASES + CASES_5X5 + CASES_7 + CASES_DILATED + CASES_ROWS, ids=str)
 def test_cases(case, isa):
     check(case)
 
 
 @pytest.mark.parametrize(
-    "case", [case3x3("large", 2, 256, 65, 66, 72), case3x3("small", 1, 40, 130, 70, 40)], ids=str
+    "case",
+    [
+        case3x3("large", 2, 256, 65, 66, 72),
+        case3x3("small", 1, 40, 130, 70, 40),
+        ConvCase("large_in_parts", 1, 1000, 26, 40, 100, 1, 7, padding=(0, 3)),
+        ConvCase("small_in_parts", 8, 24, 8, 20, 40, 1, 7, padding=(0, 3)),
+        ConvCase("7x7", 30, 16, 9, 8, 17, 7, 7, padding=3),
+    ],
+    ids=str,
 )
 def test_more_tiles_than_fit_at_once(case):
     check(case)
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_channels_in_parts_change_no_bit(kernel, isa):
+    """Weights that are kept, or that few tiles use, are transformed some channels at a time."""
+    rng = np.random.default_rng(kernel)
+    x = channels_last(rng.standard_normal((12, 150, 8, 9), np.float32))
+    w = rng.standard_normal((140, 150, kernel, kernel), np.float32)
+    with forced("winograd"):
+        y = fc.conv2d(x, w, padding=kernel // 2)
+        assert_same_bits(fc.conv2d(x[:1], w, padding=kernel // 2), y[:1])
+        assert_same_bits(fc.conv2d(x, channels_last(w), padding=kernel // 2), y)
+        assert_same_bits(fc.PackedConv2d(w, padding=kernel // 2)(x), y)
 
 
 def ranges(x: np.ndarray, kind: str) -> np.ndarray:
@@ -139,7 +187,16 @@ def ranges(x: np.ndarray, kind: str) -> np.ndarray:
 def test_ranges_of_data(kind, isa):
     """The limit holds for activations, for data far from zero, and over twelve decades."""
     wide = case3x3("wide", 1, 64, 14, 13, 32), replace(CASES_5X5[0], name="5x5_wide", c=64)
-    for case in (CASES[0], *wide, CASES[7], CASES_5X5[4], CASES_DILATED[0], *CASES_ROWS[:5:2]):
+    seven = replace(CASES_7[0], name="7x7_wide", c=64), *CASES_7[6:8]
+    for case in (
+        CASES[0],
+        *wide,
+        CASES[7],
+        CASES_5X5[4],
+        *seven,
+        CASES_DILATED[0],
+        *CASES_ROWS[:5:2],
+    ):
         plain = conv_data(case)
         x = ranges(plain.x, kind)
         dy = ranges(plain.dy, kind) if kind not in ("tiny", "huge") else plain.dy
@@ -161,7 +218,15 @@ def test_ranges_of_data(kind, isa):
 
 
 def test_bias_residual_activation(isa):
-    for case in (CASES[0], CASES[4], CASES[7], CASES_5X5[2], CASES_DILATED[3], *CASES_ROWS[:4]):
+    for case in (
+        CASES[0],
+        CASES[4],
+        CASES[7],
+        CASES_5X5[2],
+        *CASES_7[2:9:3],
+        CASES_DILATED[3],
+        *CASES_ROWS[:4],
+    ):
         data = conv_data(case)
         residual = reference.normal(case, "residual", shape=case.y_shape)
         before = data.ref["y"] + residual + data.bias[:, None, None].astype(np.float64)
@@ -175,7 +240,7 @@ def test_bias_residual_activation(isa):
         reference.assert_within(y, np.maximum(before, 0), limit, str(case))
 
 
-@pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (5, 1), (3, 2)])
+@pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (5, 1), (7, 1), (3, 2)])
 def test_transposed_convolution_uses_it_too(kernel, dilation, isa):
     case = ConvTransposeCase(
         "transposed", 2, 20, 9, 10, 24, kernel, kernel, padding=1, dilation=dilation
@@ -196,6 +261,7 @@ def test_transposed_convolution_uses_it_too(kernel, dilation, isa):
         CASES[8],
         CASES_5X5[3],
         CASES_5X5[4],
+        *CASES_7[3:12:2],
         *CASES_DILATED[3:6:2],
         CASES_ROWS[0],
         CASES_ROWS[6],
@@ -213,7 +279,7 @@ def test_threads_do_not_change_a_bit(case, isa):
 
 @pytest.mark.parametrize(
     "case",
-    [CASES[1], CASES[3], CASES[5], CASES[7], *CASES_5X5[2:5:2], *CASES_DILATED[3:], *CASES_ROWS],
+    [*CASES[1:8:2], *CASES_5X5[2:5:2], *CASES_7, *CASES_DILATED[3:], *CASES_ROWS],
     ids=str,
 )
 @pytest.mark.parametrize("end", ["start", "end"])
@@ -261,8 +327,10 @@ def test_strict_precision_refuses_it(case, plain):
 
 
 def test_declines_with_a_reason():
-    def reason(c: int, h: int, k: int, r: int = 3, **arguments: object) -> str | None:
-        shapes = (1, c, h, h), (k, c, r, r)
+    def reason(
+        c: int, h: int, k: int, r: int = 3, s: int | None = None, **arguments: object
+    ) -> str | None:
+        shapes = (1, c, h, h), (k, c, r, s or r)
         name = "winograd_rows" if c <= 4 else "winograd"
         return dict(fc.explain("conv2d", *shapes, **arguments))[name]
 
@@ -276,7 +344,17 @@ def test_declines_with_a_reason():
     assert "stride or dilation" in reason(3, 8, 16, stride=2)
     assert "small" in reason(16, 8, 16, padding=7, dilation=7)
     assert "3x3" in reason(16, 8, 16, 4)
+    assert reason(16, 8, 16, 7, padding=3) is None
+    assert reason(24, 8, 24, 7, 1, padding=(3, 0)) is None
+    assert "channels" in reason(23, 8, 24, 1, 7, padding=(0, 3))
+    assert "small" in reason(24, 4, 24, 1, 7, padding=(0, 3))
+    assert "small" in reason(24, 4, 24, 7, padding=3)
+    for r, s in ((3, 7), (7, 3), (1, 5), (5, 1), (7, 2)):
+        assert "7x7, 1x7" in reason(24, 9, 24, r, s, padding=(r // 2, s // 2))
     assert "stride" in reason(16, 8, 16, stride=2)
     assert "channels" in reason(15, 8, 16, padding=1)
     assert "channels" in reason(16, 8, 15, padding=1)
     assert "small" in reason(16, 2, 16, padding=1)
+    assert "few tiles" in reason(256, 4, 128, padding=1)
+    assert reason(128, 4, 128, padding=1) is None
+    assert reason(256, 7, 128, padding=1) is None

@@ -71,6 +71,7 @@ struct Work {
   const float* x;                     // where the group's channels begin in the band
   std::vector<DirectTile::Tap> taps;  // room for them
   Upcoming upcoming;
+  const float* next_weights;  // wanted after those of this panel and phase
 };
 
 // The outputs of one pair of phases, from `channel` on; `t` has what all tiles of a panel share.
@@ -107,7 +108,8 @@ void run_phase(Work& work, const Phase& rows, const Phase& columns, int64_t chan
         t.x_offset = part.begin * kBlock;
         t.y = d.y + at;
         t.residual = d.epilogue.residual ? d.epilogue.residual + at : nullptr;
-        t.next = work.upcoming.floats > 0 ? work.upcoming.at : t.w;
+        const bool last = n + 1 == range.n1 && y + pair >= y1 && i + 1 == tiles;
+        t.next = work.upcoming.floats > 0 ? work.upcoming.at : last ? work.next_weights : t.w;
         work.upcoming.at += t.tap_count * step_floats, work.upcoming.floats -= t.tap_count * step_floats;
         tile[pair - 1][part.end - part.begin - 1](t);
       }
@@ -222,8 +224,8 @@ void run(const DirectProblem& d, const std::vector<AxisTaps>& row_axes, const st
           band.pack(scratch.as<float>() + thread * band_floats, range_of(index));
         }
         Work work{
-            d, band, range_of(index), nullptr, std::vector<DirectTile::Tap>(rows.taps.size() * columns.taps.size()),
-            {}};
+            d,  band,   range_of(index), nullptr, std::vector<DirectTile::Tap>(rows.taps.size() * columns.taps.size()),
+            {}, nullptr};
         // The band that this thread is likely to take next is fetched meanwhile.
         if (d.groups == 1 && part == panel_parts - 1 && index + threads < bands)
           work.upcoming = source_rows(d.source, rows, range_of(index + threads));
@@ -235,6 +237,8 @@ void run(const DirectProblem& d, const std::vector<AxisTaps>& row_axes, const st
         t.low = d.epilogue.low, t.high = d.epilogue.high;
         t.streaming = d.streaming;
         const Range mine = split(panels.count(), panel_parts, part);
+        // Where several threads share a band, others take the panels that come next.
+        const int64_t skipped = (threads / turns - 1) * (mine.end - mine.begin) * weights.panel_floats;
         for (int64_t g = groups.begin; g < groups.end; ++g) {
           work.x = band.data() + (g - groups.begin) * blocks * band.block_stride();
           for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
@@ -242,10 +246,13 @@ void run(const DirectProblem& d, const std::vector<AxisTaps>& row_axes, const st
             t.bias = d.epilogue.bias ? d.epilogue.bias + channel : nullptr;
             t.channels = panels.channels(panel);
             t.w = weights.panel(g * panels.count() + panel);
+            int64_t phases = row_phases.size() * column_phases.size();
             for (const Phase& row_phase : row_phases)
               for (const Phase& column_phase : column_phases) {
+                const int64_t floats = row_phase.axis.taps.size() * column_phase.axis.taps.size() * ins * width;
+                work.next_weights = t.w + floats + (--phases == 0 && panel + 1 == mine.end ? skipped : 0);
                 run_phase(work, row_phase, column_phase, channel, k.direct[width / panels.lanes - 1], t, ins * width);
-                t.w += t.panel_taps * ins * width;
+                t.w += floats;
               }
           }
         }

@@ -44,6 +44,7 @@ struct DirectTile : TileOutput {
   int64_t last_channels;  // channels in the last block
   const float* w;         // panel [block][tap][channel][vectors * lanes]
   const float* next;      // wanted next: one vector * lanes of it is prefetched a step
+  bool accumulate;        // the sums go on from those in y, whose channels are then whole vectors
 };
 using DirectTileFunction = void (*)(const DirectTile&);
 

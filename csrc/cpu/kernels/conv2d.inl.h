@@ -71,6 +71,13 @@ template <int V, int ROWS, int P> void direct_tile(const DirectTile& t) {
   for (int p = 0; p < ROWS * P; ++p)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) acc[p][v] = zero();
+  if (t.accumulate)
+#pragma GCC unroll 2
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+      for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) acc[r * P + p][v] = load(t.y + r * t.row_stride + p * t.pixel_stride + v * kLanes);
 
   const float* next = t.next;
   for (int64_t b = 0; b < t.blocks; ++b) {
@@ -185,14 +192,15 @@ void unpack_weights(const float* src, int64_t width, int64_t outs, int64_t ins, 
 
 // Weights whose taps lie side by side in memory, as those of an NCHW kernel: of each input, the taps of a vector of
 // outputs are one square to be transposed. Bound: memory.
-void pack_taps(const float* src, int64_t out_step, int64_t in_step, int64_t taps, int64_t outs, int64_t ins,
-               int64_t width, const int64_t* places, float* dst) {
+template <class T>
+void pack_taps(const T* src, int64_t out_step, int64_t in_step, int64_t taps, int64_t outs, int64_t ins, int64_t width,
+               const int64_t* places, float* dst) {
   constexpr int64_t kAhead = 8;  // inputs, which are further apart than the hardware fetches ahead
   for (int64_t o = 0; o < width; o += kLanes)
     for (int64_t i = 0; i < ins; ++i)
       for (int64_t t = 0; t < taps; t += kLanes) {
         const int64_t count = taps - t < kLanes ? taps - t : kLanes, valid = outs - o;
-        const float* from = src + o * out_step + i * in_step + t;
+        const T* from = src + o * out_step + i * in_step + t;
         Vec rows[kLanes];
         for (int j = 0; j < kLanes; ++j) {
           rows[j] = j < valid ? load_first(from + j * out_step, count) : zero();

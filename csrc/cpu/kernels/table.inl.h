@@ -36,7 +36,7 @@ constexpr Conv2dKernels conv2d_kernels() {
       zero_pixels,
       pack_weights<float>,
       unpack_weights,
-      pack_taps,
+      pack_taps<float>,
       unpack_taps,
       weight_tile,
       kStripSums,

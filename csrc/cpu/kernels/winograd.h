@@ -1,9 +1,9 @@
-// The transforms of Winograd's minimal filtering F(4x4, 3x3), F(3x3, 3x3) and F(2x2, 5x5). The products between them
-// are those of the direct engine (DirectTile, WeightTile) with one tap.
+// The transforms of Winograd's minimal filtering F(4x4, 3x3), F(3x3, 3x3), F(2x2, 5x5), F(3x3, 4x4) and F(1x3, 1x4).
+// The products between them are those of the direct engine (DirectTile, WeightTile).
 //
-// A tile of 4 (or 3) outputs an axis, or of 2 under a kernel of five taps, is evaluated at six (five) points; a
-// position is a pair of points, row * 6 + column. A 3-tile leaves out point 4. `position` is the distance in floats
-// between neighbouring positions of an array.
+// An axis of a tile is evaluated at six points, under F(3, 3) at five, which leaves out point 4, and under F(1, 1) at
+// one; a position is a pair of points, row * 6 + column. `position` is the distance in floats between neighbouring
+// positions of an array.
 #pragma once
 
 #include <cstdint>
@@ -16,9 +16,16 @@ namespace fastconv::cpu {
 constexpr int64_t kPoints = 6;
 constexpr int64_t kPositions = kPoints * kPoints;
 
-// The extent of one tile: outputs an axis as transformed (4, 3 or 2).
+// F(outputs, taps) of an axis.
+enum class Filter { kF43, kF33, kF25, kF34, kF11 };
+constexpr int64_t outputs_of(Filter f) {
+  return f == Filter::kF43 ? 4 : f == Filter::kF25 ? 2 : f == Filter::kF11 ? 1 : 3;
+}
+constexpr int64_t points_of(Filter f) { return f == Filter::kF33 ? 5 : f == Filter::kF11 ? 1 : kPoints; }
+
+// The pairs there are: each of the first two with each, each of the next two with itself, F(1, 1) with F(3, 4).
 struct WinogradTile {
-  int64_t rows, columns;
+  Filter rows, columns;
 };
 
 // v[position][block][kBlock] = the window of x under one tile; zeros beyond the image and beyond `channels`. T: the
@@ -61,6 +68,24 @@ template <class T> struct WinogradOutput {
   bool streaming;  // non-temporal stores; y and pixel aligned to a vector; of float only
 };
 
+// u[position][i] = the kernel of taps w[r * row + s * column + i], for i < floats, a multiple of the lanes.
+struct WinogradWeights {
+  const float* w;
+  int64_t row, column;
+  int64_t rows, columns;  // taps; of four the last may be missing, and is then zero
+  int64_t floats;
+  float* u;
+  int64_t position;
+};
+
+// dw[r * row + s * column + i] = the gradient of m[position][i], of all taps.
+struct WinogradWeightGradient {
+  const float* m;
+  int64_t position, floats;
+  float* dw;
+  int64_t row, column;
+};
+
 // F(4, 3) along the rows of images of few channels; rows of the kernel and channels are summed as they are. A tile is
 // kRowOutputs neighbouring outputs of a row, evaluated at the six points; v[row][tile][kPoints][kFewChannels].
 constexpr int64_t kRowOutputs = 4, kRowTaps = 3;
@@ -91,20 +116,20 @@ struct RowGradient {
 template <class T> struct WinogradTransforms {
   void (*input)(const WinogradInput<T>&);
   void (*output)(const WinogradOutput<T>&);
-  // As Conv2dKernels::pack_weights.
+  // As those of Conv2dKernels.
   void (*pack_weights)(const T* src, int64_t out_step, int64_t in_step, int64_t outs, int64_t ins, int64_t width,
                        float* dst);
+  void (*pack_taps)(const T* src, int64_t out_step, int64_t in_step, int64_t taps, int64_t outs, int64_t ins,
+                    int64_t width, const int64_t* places, float* dst);
 };
 
 struct WinogradKernels {
   WinogradTransforms<float> f32;
   WinogradTransforms<BFloat16> bf16;
   void (*gradient)(const WinogradGradient&);
-  // Of kernels of 3x3 and of 5x5 taps, tap = row * 3 (5) + column; for i < floats, a multiple of the lanes:
-  // u[position][i] = the kernel w[tap][i]
-  void (*weights[2])(const float* w, int64_t tap, int64_t floats, float* u, int64_t position);
-  // dw[tap][i] = the gradient of m[position][i]
-  void (*weight_gradient[2])(const float* m, int64_t position, int64_t floats, float* dw, int64_t tap);
+  // Of kernels of 3x3, 5x5, 4x4 and 1x4 taps.
+  void (*weights[4])(const WinogradWeights&);
+  void (*weight_gradient[4])(const WinogradWeightGradient&);
 
   int64_t row_outputs;  // of the tiles whose sums fit the registers
   // v[tile][kPoints][kFewChannels] of a row of pixels x[pixel][channels], whose windows begin kRowOutputs pixels apart;

@@ -8,7 +8,7 @@
 // Tiles of 3 outputs use the points without -b. Their B' is scaled by p + b, the factor of N_p that is then missing, so
 // that they share the transformed weights of the 4-tiles; row p of it is (p + b) times the product over q of (x - q).
 // The weight gradient is the same bilinear form with dy in the place of g; 1/N_p then stands in the inverse.
-// F(2, 5) has the same points and windows, so only what belongs to outputs (2) and taps (5) differs from F(4, 3).
+// F(2, 5) and F(3, 4) have the same points and windows, so only what belongs to outputs and taps differs from F(4, 3).
 #pragma once
 
 #include "cpu/kernels/conv2d.inl.h"
@@ -31,14 +31,17 @@ template <class V> inline V scaled_add(double a, V b, V c) {
     return static_cast<float>(a) * b + c;
 }
 
-template <int TILE> constexpr int kTilePoints = TILE == 3 ? 5 : 6;
-// Where the i-th point of a tile stands among the six.
-template <int TILE> constexpr int point(int i) { return TILE != 3 || i < 4 ? i : 5; }
+// Where the i-th of so many points stands among the six.
+template <int POINTS> constexpr int point(int i) { return POINTS != 5 || i < 4 ? i : 5; }
 
-// B': the pixels d[0], d[step], ... of a window at its points; the windows of tiles of 2 are those of 4.
-template <int TILE, class V> inline __attribute__((always_inline)) void input_points(const V* d, int step, V* o) {
+// B': the pixels d[0], d[step], ... of a window at its points.
+template <int POINTS, class V> inline __attribute__((always_inline)) void input_points(const V* d, int step, V* o) {
+  if constexpr (POINTS == 1) {
+    o[0] = d[0];
+    return;
+  }
   const V d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step];
-  if constexpr (TILE == 4) {
+  if constexpr (POINTS == 6) {
     const V d5 = d[5 * step];
     o[0] = scaled_add(-(kA2 + kB2), d2, d0 + d4);
     o[5] = scaled_add(-(kA2 + kB2), d3, d1 + d5);
@@ -57,68 +60,73 @@ template <int TILE, class V> inline __attribute__((always_inline)) void input_po
   }
 }
 
-// A': the points m[0], m[step], ... to TILE outputs.
-template <int TILE> inline __attribute__((always_inline)) void output_pixels(const Vec* m, int step, Vec* y) {
+// A': the points m[0], m[step], ... to outputs.
+template <Filter F> inline __attribute__((always_inline)) void output_pixels(const Vec* m, int step, Vec* y) {
+  if constexpr (F == Filter::kF11) {
+    y[0] = m[0];
+    return;
+  }
   const Vec m1 = m[step], m2 = m[2 * step], sum = m1 + m2, difference = m1 - m2;
-  if constexpr (TILE == 4) {
-    const Vec m3 = m[3 * step], m4 = m[4 * step], sum_b = m3 + m4, difference_b = m3 - m4;
-    y[0] = m[0] + sum + sum_b;
-    y[1] = scaled_add(kB, difference_b, scaled(kA, difference));
-    y[2] = scaled_add(kB2, sum_b, scaled(kA2, sum));
-    y[3] = scaled_add(kB * kB2, difference_b, scaled_add(kA * kA2, difference, m[5 * step]));
-  } else if constexpr (TILE == 2) {
-    const Vec m3 = m[3 * step], m4 = m[4 * step];
-    y[0] = m[0] + sum + (m3 + m4);
-    y[1] = scaled_add(kB, m3 - m4, scaled_add(kA, difference, m[5 * step]));
-  } else {
+  if constexpr (F == Filter::kF33) {
     const Vec m3 = m[3 * step];
     y[0] = m[0] + sum + m3;
     y[1] = scaled_add(kA, difference, scaled(kB, m3));
     y[2] = scaled_add(kA2, sum, scaled_add(kB2, m3, m[4 * step]));
+    return;
+  }
+  const Vec m3 = m[3 * step], m4 = m[4 * step], sum_b = m3 + m4, difference_b = m3 - m4, last = m[5 * step];
+  y[0] = m[0] + sum + sum_b;
+  if constexpr (F == Filter::kF25) {
+    y[1] = scaled_add(kB, difference_b, scaled_add(kA, difference, last));
+  } else {
+    y[1] = scaled_add(kB, difference_b, scaled(kA, difference));
+    if constexpr (F == Filter::kF34) {
+      y[2] = scaled_add(kB2, sum_b, scaled_add(kA2, sum, last));
+    } else {
+      y[2] = scaled_add(kB2, sum_b, scaled(kA2, sum));
+      y[3] = scaled_add(kB * kB2, difference_b, scaled_add(kA * kA2, difference, last));
+    }
   }
 }
 
-// TILE pixels of dy as polynomials at the points, without 1/N_p.
-template <int TILE> inline __attribute__((always_inline)) void gradient_points(const Vec* g, int step, Vec* o) {
+// A tile's pixels of dy as polynomials at the points, without 1/N_p.
+template <Filter F> inline __attribute__((always_inline)) void gradient_points(const Vec* g, int step, Vec* o) {
+  o[0] = g[0];
+  if constexpr (F == Filter::kF11) return;
   const Vec g0 = g[0], g1 = g[step];
-  if constexpr (TILE == 2) {
-    o[0] = g0;
+  if constexpr (F == Filter::kF25) {
     o[1] = scaled_add(kA, g1, g0);
     o[2] = scaled_add(-kA, g1, g0);
     o[3] = scaled_add(kB, g1, g0);
     o[4] = scaled_add(-kB, g1, g0);
     o[5] = g1;
-  } else if constexpr (TILE == 4) {
-    const Vec g2 = g[2 * step], g3 = g[3 * step];
-    const Vec e = scaled_add(kA2, g2, g0), f = scaled_add(kA2, g3, g1);
-    const Vec even = scaled_add(kB2, g2, g0), odd = scaled_add(kB2, g3, g1);
-    o[0] = g0;
+  } else {
+    const Vec g2 = g[2 * step], e = scaled_add(kA2, g2, g0), even = scaled_add(kB2, g2, g0);
+    Vec f = g1, odd = g1;
+    if constexpr (F == Filter::kF43) f = scaled_add(kA2, g[3 * step], g1), odd = scaled_add(kB2, g[3 * step], g1);
     o[1] = scaled_add(kA, f, e);
     o[2] = scaled_add(-kA, f, e);
     o[3] = scaled_add(kB, odd, even);
-    o[4] = scaled_add(-kB, odd, even);
-    o[5] = g3;
-  } else {
-    const Vec g2 = g[2 * step], e = scaled_add(kA2, g2, g0);
-    o[0] = g0;
-    o[1] = scaled_add(kA, g1, e);
-    o[2] = scaled_add(-kA, g1, e);
-    o[3] = scaled_add(kB, g1, scaled_add(kB2, g2, g0));
-    o[4] = g2;
+    if constexpr (F != Filter::kF33) o[4] = scaled_add(-kB, odd, even);
+    o[points_of(F) - 1] = g[(outputs_of(F) - 1) * step];
   }
 }
 
-// G: TAPS weights at the six points.
+// G: TAPS weights at the six points; of a single one, at one.
 template <int TAPS> inline __attribute__((always_inline)) void weight_points(const Vec* g, int step, Vec* o) {
+  o[0] = g[0];
+  if constexpr (TAPS == 1) return;
   const Vec g0 = g[0], g1 = g[step], g2 = g[2 * step];
   Vec e = scaled_add(kA2 * kNormA, g2, scaled(kNormA, g0)), f = scaled(kA * kNormA, g1);
   Vec even = scaled_add(kB2 * kNormB, g2, scaled(kNormB, g0)), odd = scaled(kB * kNormB, g1);
-  if constexpr (TAPS == 5) {
-    const Vec g3 = g[3 * step], g4 = g[4 * step];
-    e = scaled_add(kA2 * kA2 * kNormA, g4, e), f = scaled_add(kA * kA2 * kNormA, g3, f);
-    even = scaled_add(kB2 * kB2 * kNormB, g4, even), odd = scaled_add(kB * kB2 * kNormB, g3, odd);
+  if constexpr (TAPS > 3) {
+    const Vec g3 = g[3 * step];
+    f = scaled_add(kA * kA2 * kNormA, g3, f), odd = scaled_add(kB * kB2 * kNormB, g3, odd);
   }
-  o[0] = g0;
+  if constexpr (TAPS > 4) {
+    const Vec g4 = g[4 * step];
+    e = scaled_add(kA2 * kA2 * kNormA, g4, e), even = scaled_add(kB2 * kB2 * kNormB, g4, even);
+  }
   o[1] = e + f;
   o[2] = e - f;
   o[3] = even + odd;
@@ -126,59 +134,86 @@ template <int TAPS> inline __attribute__((always_inline)) void weight_points(con
   o[5] = g[(TAPS - 1) * step];
 }
 
-// The six points to TAPS weight gradients.
+// The points to TAPS weight gradients.
 template <int TAPS> inline __attribute__((always_inline)) void weight_gradients(const Vec* m, int step, Vec* dw) {
+  if constexpr (TAPS == 1) {
+    dw[0] = m[0];
+    return;
+  }
   const Vec m1 = m[step], m2 = m[2 * step], m3 = m[3 * step], m4 = m[4 * step], last = m[5 * step];
   const Vec sum = m1 + m2, difference = m1 - m2, sum_b = m3 + m4, difference_b = m3 - m4;
   dw[0] = scaled_add(kNormA, sum, scaled_add(kNormB, sum_b, m[0]));
   dw[1] = scaled_add(kA * kNormA, difference, scaled(kB * kNormB, difference_b));
-  if constexpr (TAPS == 5) {
-    dw[2] = scaled_add(kA2 * kNormA, sum, scaled(kB2 * kNormB, sum_b));
-    dw[3] = scaled_add(kA * kA2 * kNormA, difference, scaled(kB * kB2 * kNormB, difference_b));
-    dw[4] = scaled_add(kA2 * kA2 * kNormA, sum, scaled_add(kB2 * kB2 * kNormB, sum_b, last));
-  } else {
+  if constexpr (TAPS == 3) {
     dw[2] = scaled_add(kA2 * kNormA, sum, scaled_add(kB2 * kNormB, sum_b, last));
+  } else {
+    dw[2] = scaled_add(kA2 * kNormA, sum, scaled(kB2 * kNormB, sum_b));
+    const Vec third = scaled(kB * kB2 * kNormB, difference_b);
+    if constexpr (TAPS == 4) {
+      dw[3] = scaled_add(kA * kA2 * kNormA, difference, third + last);
+    } else {
+      dw[3] = scaled_add(kA * kA2 * kNormA, difference, third);
+      dw[4] = scaled_add(kA2 * kA2 * kNormA, sum, scaled_add(kB2 * kB2 * kNormB, sum_b, last));
+    }
   }
 }
 
-// One vector of channels of a window. Registers: the 36 values of the half-transformed window exceed every register
-// file; those few that spill stay in L1. Bound: 144 multiply-adds, 36 loads and 36 stores of full cache lines.
+// Calls body(rows, columns) with the filters of a tile as constants.
+template <Filter F> struct FilterConstant {
+  static constexpr Filter value = F;
+};
+template <class Body> inline void with_filters(const WinogradTile& tile, Body body) {
+  constexpr FilterConstant<Filter::kF43> f43{};
+  constexpr FilterConstant<Filter::kF33> f33{};
+  constexpr FilterConstant<Filter::kF25> f25{};
+  constexpr FilterConstant<Filter::kF34> f34{};
+  const bool four = tile.columns == Filter::kF43;
+  switch (tile.rows) {
+    case Filter::kF43: return four ? body(f43, f43) : body(f43, f33);
+    case Filter::kF33: return four ? body(f33, f43) : body(f33, f33);
+    case Filter::kF25: return body(f25, f25);
+    case Filter::kF34: return body(f34, f34);
+    case Filter::kF11: return body(FilterConstant<Filter::kF11>{}, f34);
+  }
+}
+
+// One vector of channels of a window of ROWS x COLUMNS points. Registers: the 36 values of the half-transformed window
+// exceed every register file; those few that spill stay in L1. Bound: 144 multiply-adds, 36 loads and 36 stores of full
+// cache lines.
 template <int ROWS, int COLUMNS, bool MASKED, class T>
 inline __attribute__((always_inline)) void input_vector(const WinogradInput<T>& t, const T* x, Mask lanes, float* v) {
-  constexpr int kRows = kTilePoints<ROWS>, kColumns = kTilePoints<COLUMNS>;
-  Vec half[kRows][kColumns];
+  Vec half[ROWS][COLUMNS];
 #pragma GCC unroll 6
-  for (int j = 0; j < kColumns; ++j) {
-    Vec pixels[kRows], points[kRows];
+  for (int j = 0; j < COLUMNS; ++j) {
+    Vec pixels[ROWS], points[ROWS];
 #pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < ROWS; ++i) {
       const T* at = x + i * t.row + j * t.pixel;
       pixels[i] = MASKED ? load_if((t.rows_in >> i & t.columns_in >> j & 1) != 0, at, lanes) : load(at);
     }
     input_points<ROWS>(pixels, 1, points);
 #pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) half[i][j] = points[i];
+    for (int i = 0; i < ROWS; ++i) half[i][j] = points[i];
   }
 #pragma GCC unroll 6
-  for (int i = 0; i < kRows; ++i) {
-    Vec points[kColumns];
+  for (int i = 0; i < ROWS; ++i) {
+    Vec points[COLUMNS];
     input_points<COLUMNS>(half[i], 1, points);
 #pragma GCC unroll 6
-    for (int j = 0; j < kColumns; ++j)
-      store(v + (point<ROWS>(i) * kPoints + point<COLUMNS>(j)) * t.position, points[j]);
+    for (int j = 0; j < COLUMNS; ++j) store(v + (point<ROWS>(i) * kPoints + point<COLUMNS>(j)) * t.position, points[j]);
   }
 }
 
 template <int ROWS, int COLUMNS, class T> void winograd_input_tile(const WinogradInput<T>& t) {
-  constexpr uint32_t kAllRows = (1u << kTilePoints<ROWS>)-1, kAllColumns = (1u << kTilePoints<COLUMNS>)-1;
+  constexpr uint32_t kAllRows = (1u << ROWS) - 1, kAllColumns = (1u << COLUMNS) - 1;
   const bool inside = (t.rows_in & kAllRows) == kAllRows && (t.columns_in & kAllColumns) == kAllColumns;
   for (int64_t c = 0; c < t.channels; c += kBlock) {
     float* const v = t.v + c / kBlock * t.block;
     // The window jumps from row to row and pixel to pixel, which the hardware does not foresee.
 #pragma GCC unroll 6
-    for (int i = 0; i < kTilePoints<ROWS>; ++i)
+    for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < COLUMNS; ++j) prefetch(t.x + t.next + i * t.row + j * t.pixel + c);
+      for (int j = 0; j < COLUMNS - 2; ++j) prefetch(t.x + t.next + i * t.row + j * t.pixel + c);
     for (int64_t i = 0; i < kBlock; i += kLanes) {
       const int64_t n = t.channels - c - i;
       if (inside && n >= kLanes)
@@ -190,61 +225,61 @@ template <int ROWS, int COLUMNS, class T> void winograd_input_tile(const Winogra
 }
 
 template <class T> void winograd_input(const WinogradInput<T>& t) {
-  if (t.tile.rows != 3)
-    t.tile.columns != 3 ? winograd_input_tile<4, 4>(t) : winograd_input_tile<4, 3>(t);
-  else
-    t.tile.columns != 3 ? winograd_input_tile<3, 4>(t) : winograd_input_tile<3, 3>(t);
+  const bool six = points_of(t.tile.columns) == 6;
+  switch (points_of(t.tile.rows)) {
+    case 6: return six ? winograd_input_tile<6, 6>(t) : winograd_input_tile<6, 5>(t);
+    case 5: return six ? winograd_input_tile<5, 6>(t) : winograd_input_tile<5, 5>(t);
+    default: return winograd_input_tile<1, 6>(t);
+  }
 }
 
-template <int ROWS, int COLUMNS, bool MASKED>
+template <Filter R, Filter S, bool MASKED>
 inline __attribute__((always_inline)) void gradient_vector(const WinogradGradient& t, const float* dy, Mask lanes,
                                                            float* d) {
-  constexpr int kRows = kTilePoints<ROWS>, kColumns = kTilePoints<COLUMNS>;
-  Vec half[kRows][COLUMNS];
+  constexpr int kTileRows = outputs_of(R), kTileColumns = outputs_of(S), kRows = points_of(R), kColumns = points_of(S);
+  Vec half[kRows][kTileColumns];
 #pragma GCC unroll 4
-  for (int j = 0; j < COLUMNS; ++j) {
-    Vec pixels[ROWS], points[kRows];
+  for (int j = 0; j < kTileColumns; ++j) {
+    Vec pixels[kTileRows], points[kRows];
 #pragma GCC unroll 4
-    for (int i = 0; i < ROWS; ++i) {
+    for (int i = 0; i < kTileRows; ++i) {
       const float* at = dy + i * t.row + j * t.pixel;
       pixels[i] = MASKED ? load_if(i < t.rows && j < t.columns, at, lanes) : load(at);
     }
-    gradient_points<ROWS>(pixels, 1, points);
+    gradient_points<R>(pixels, 1, points);
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i) half[i][j] = points[i];
   }
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i) {
     Vec points[kColumns];
-    gradient_points<COLUMNS>(half[i], 1, points);
+    gradient_points<S>(half[i], 1, points);
 #pragma GCC unroll 6
     for (int j = 0; j < kColumns; ++j)
-      store(d + (point<ROWS>(i) * kPoints + point<COLUMNS>(j)) * t.position, points[j]);
+      store(d + (point<kRows>(i) * kPoints + point<kColumns>(j)) * t.position, points[j]);
   }
 }
 
-template <int ROWS, int COLUMNS> void winograd_gradient_tile(const WinogradGradient& t) {
-  const bool inside = t.rows >= ROWS && t.columns >= COLUMNS;
+template <Filter R, Filter S> void winograd_gradient_tile(const WinogradGradient& t) {
+  constexpr int kTileRows = outputs_of(R), kTileColumns = outputs_of(S);
+  const bool inside = t.rows >= kTileRows && t.columns >= kTileColumns;
   for (int64_t i = 0; i < t.width; i += kLanes) {
     const int64_t n = t.channels - i;
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4
-      for (int j = 0; j < COLUMNS; ++j) prefetch(t.dy + t.next + r * t.row + j * t.pixel + i);
+      for (int j = 0; j < kTileColumns; ++j) prefetch(t.dy + t.next + r * t.row + j * t.pixel + i);
     if (inside && n >= kLanes)
-      gradient_vector<ROWS, COLUMNS, false>(t, t.dy + i, Mask{}, t.d + i);
+      gradient_vector<R, S, false>(t, t.dy + i, Mask{}, t.d + i);
     else
-      gradient_vector<ROWS, COLUMNS, true>(t, t.dy + i, first(n < 0 ? 0 : n < kLanes ? n : kLanes), t.d + i);
+      gradient_vector<R, S, true>(t, t.dy + i, first(n < 0 ? 0 : n < kLanes ? n : kLanes), t.d + i);
   }
 }
 
 void winograd_gradient(const WinogradGradient& t) {
-  if (t.tile.rows == 2)
-    winograd_gradient_tile<2, 2>(t);
-  else if (t.tile.rows == 4)
-    t.tile.columns == 4 ? winograd_gradient_tile<4, 4>(t) : winograd_gradient_tile<4, 3>(t);
-  else
-    t.tile.columns == 4 ? winograd_gradient_tile<3, 4>(t) : winograd_gradient_tile<3, 3>(t);
+  with_filters(t.tile, [&](auto rows, auto columns) {
+    winograd_gradient_tile<decltype(rows)::value, decltype(columns)::value>(t);
+  });
 }
 
 inline void store_output(float* y, Vec a, bool streaming) { streaming ? stream(y, a) : store(y, a); }
@@ -252,31 +287,31 @@ inline void store_output(float* y, Vec a, bool streaming) { streaming ? stream(y
 inline void store_output(BFloat16* y, Vec a, bool) { store(y, a); }
 
 // One vector of channels of a tile. WHOLE: all outputs are stored, as full vectors, with no residual.
-template <int ROWS, int COLUMNS, bool WHOLE, class T>
+template <Filter R, Filter S, bool WHOLE, class T>
 inline __attribute__((always_inline)) void output_vector(const WinogradOutput<T>& t, int64_t c) {
-  constexpr int kRows = kTilePoints<ROWS>, kColumns = kTilePoints<COLUMNS>;
-  Vec half[ROWS][kColumns];
+  constexpr int kTileRows = outputs_of(R), kTileColumns = outputs_of(S), kRows = points_of(R), kColumns = points_of(S);
+  Vec half[kTileRows][kColumns];
 #pragma GCC unroll 6
   for (int j = 0; j < kColumns; ++j) {
-    Vec points[kRows], pixels[ROWS];
+    Vec points[kRows], pixels[kTileRows];
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i)
-      points[i] = load(t.m + (point<ROWS>(i) * kPoints + point<COLUMNS>(j)) * t.position + c);
-    output_pixels<ROWS>(points, 1, pixels);
+      points[i] = load(t.m + (point<kRows>(i) * kPoints + point<kColumns>(j)) * t.position + c);
+    output_pixels<R>(points, 1, pixels);
 #pragma GCC unroll 4
-    for (int i = 0; i < ROWS; ++i) half[i][j] = pixels[i];
+    for (int i = 0; i < kTileRows; ++i) half[i][j] = pixels[i];
   }
   const int64_t n = t.channels - c;
   const bool full = n >= kLanes;
   const Vec bias = !t.bias ? zero() : WHOLE || full ? load(t.bias + c) : load_first(t.bias + c, n);
   const Vec low = set1(t.low), high = set1(t.high);
 #pragma GCC unroll 4
-  for (int i = 0; i < ROWS; ++i) {
+  for (int i = 0; i < kTileRows; ++i) {
     if (!WHOLE && i >= t.rows) break;
-    Vec pixels[COLUMNS];
-    output_pixels<COLUMNS>(half[i], 1, pixels);
+    Vec pixels[kTileColumns];
+    output_pixels<S>(half[i], 1, pixels);
 #pragma GCC unroll 4
-    for (int j = 0; j < COLUMNS; ++j) {
+    for (int j = 0; j < kTileColumns; ++j) {
       if (!WHOLE && j >= t.columns) break;
       const int64_t at = i * t.row + j * t.pixel + c;
       Vec sum = pixels[j] + bias;
@@ -290,65 +325,66 @@ inline __attribute__((always_inline)) void output_vector(const WinogradOutput<T>
   }
 }
 
-template <int ROWS, int COLUMNS, class T> void winograd_output_tile(const WinogradOutput<T>& t) {
-  const bool whole = t.rows >= ROWS && t.columns >= COLUMNS && !t.residual && !t.streaming;
+template <Filter R, Filter S, class T> void winograd_output_tile(const WinogradOutput<T>& t) {
+  const bool whole = t.rows >= outputs_of(R) && t.columns >= outputs_of(S) && !t.residual && !t.streaming;
   for (int64_t c = 0; c < t.channels; c += kLanes)
     if (whole && t.channels - c >= kLanes)
-      output_vector<ROWS, COLUMNS, true>(t, c);
+      output_vector<R, S, true>(t, c);
     else
-      output_vector<ROWS, COLUMNS, false>(t, c);
+      output_vector<R, S, false>(t, c);
 }
 
 template <class T> void winograd_output(const WinogradOutput<T>& t) {
-  if (t.tile.rows == 2)
-    winograd_output_tile<2, 2>(t);
-  else if (t.tile.rows == 4)
-    t.tile.columns == 4 ? winograd_output_tile<4, 4>(t) : winograd_output_tile<4, 3>(t);
-  else
-    t.tile.columns == 4 ? winograd_output_tile<3, 4>(t) : winograd_output_tile<3, 3>(t);
+  with_filters(t.tile, [&](auto rows, auto columns) {
+    winograd_output_tile<decltype(rows)::value, decltype(columns)::value>(t);
+  });
 }
 
-template <int TAPS> void winograd_weights(const float* w, int64_t tap, int64_t floats, float* u, int64_t position) {
-  for (int64_t k = 0; k < floats; k += kLanes) {
-    Vec half[kPoints][TAPS];
+template <int ROWS, int COLUMNS> void winograd_weights(const WinogradWeights& t) {
+  constexpr int kRows = ROWS > 1 ? kPoints : 1;
+  for (int64_t k = 0; k < t.floats; k += kLanes) {
+    Vec half[kRows][COLUMNS];
 #pragma GCC unroll 5
-    for (int j = 0; j < TAPS; ++j) {
-      Vec taps[TAPS], points[kPoints];
+    for (int j = 0; j < COLUMNS; ++j) {
+      Vec taps[ROWS], points[kRows];
 #pragma GCC unroll 5
-      for (int i = 0; i < TAPS; ++i) taps[i] = load(w + (i * TAPS + j) * tap + k);
-      weight_points<TAPS>(taps, 1, points);
+      for (int i = 0; i < ROWS; ++i) {
+        const bool there = COLUMNS != 4 || (i < t.rows && j < t.columns);
+        taps[i] = there ? load(t.w + i * t.row + j * t.column + k) : zero();
+      }
+      weight_points<ROWS>(taps, 1, points);
 #pragma GCC unroll 6
-      for (int i = 0; i < kPoints; ++i) half[i][j] = points[i];
+      for (int i = 0; i < kRows; ++i) half[i][j] = points[i];
     }
 #pragma GCC unroll 6
-    for (int i = 0; i < kPoints; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       Vec points[kPoints];
-      weight_points<TAPS>(half[i], 1, points);
+      weight_points<COLUMNS>(half[i], 1, points);
 #pragma GCC unroll 6
-      for (int j = 0; j < kPoints; ++j) store(u + (i * kPoints + j) * position + k, points[j]);
+      for (int j = 0; j < kPoints; ++j) store(t.u + (i * kPoints + j) * t.position + k, points[j]);
     }
   }
 }
 
-template <int TAPS>
-void winograd_weight_gradient(const float* m, int64_t position, int64_t floats, float* dw, int64_t tap) {
-  for (int64_t k = 0; k < floats; k += kLanes) {
-    Vec half[TAPS][kPoints];
+template <int ROWS, int COLUMNS> void winograd_weight_gradient(const WinogradWeightGradient& t) {
+  constexpr int kRows = ROWS > 1 ? kPoints : 1;
+  for (int64_t k = 0; k < t.floats; k += kLanes) {
+    Vec half[ROWS][kPoints];
 #pragma GCC unroll 6
     for (int j = 0; j < kPoints; ++j) {
-      Vec points[kPoints], taps[TAPS];
+      Vec points[kRows], taps[ROWS];
 #pragma GCC unroll 6
-      for (int i = 0; i < kPoints; ++i) points[i] = load(m + (i * kPoints + j) * position + k);
-      weight_gradients<TAPS>(points, 1, taps);
+      for (int i = 0; i < kRows; ++i) points[i] = load(t.m + (i * kPoints + j) * t.position + k);
+      weight_gradients<ROWS>(points, 1, taps);
 #pragma GCC unroll 5
-      for (int i = 0; i < TAPS; ++i) half[i][j] = taps[i];
+      for (int i = 0; i < ROWS; ++i) half[i][j] = taps[i];
     }
 #pragma GCC unroll 5
-    for (int i = 0; i < TAPS; ++i) {
-      Vec taps[TAPS];
-      weight_gradients<TAPS>(half[i], 1, taps);
+    for (int i = 0; i < ROWS; ++i) {
+      Vec taps[COLUMNS];
+      weight_gradients<COLUMNS>(half[i], 1, taps);
 #pragma GCC unroll 5
-      for (int j = 0; j < TAPS; ++j) store(dw + (i * TAPS + j) * tap + k, taps[j]);
+      for (int j = 0; j < COLUMNS; ++j) store(t.dw + i * t.row + j * t.column + k, taps[j]);
     }
   }
 }
@@ -363,7 +399,7 @@ void row_input(const float* x, int64_t channels, int64_t tiles, float* v) {
     Pixel pixels[kPoints], points[kPoints];
 #pragma GCC unroll 6
     for (int j = 0; j < kPoints; ++j) pixels[j] = *reinterpret_cast<const UnalignedPixel*>(x + j * channels);
-    input_points<kRowOutputs>(pixels, 1, points);
+    input_points<kPoints>(pixels, 1, points);
 #pragma GCC unroll 6
     for (int j = 0; j < kPoints; ++j, v += kFewChannels) *reinterpret_cast<UnalignedPixel*>(v) = points[j];
   }
@@ -425,7 +461,7 @@ template <int T> void row_tiles_of(const RowTiles& t) {
 #pragma GCC unroll 4
   for (int i = 0; i < T; ++i) {
     Vec pixels[kRowOutputs];
-    output_pixels<kRowOutputs>(acc[i], 1, pixels);
+    output_pixels<Filter::kF43>(acc[i], 1, pixels);
     const int64_t first = i * kRowOutputs;
     switch (i + 1 < T ? kRowOutputs : t.outputs - first) {
       case 1: store_row<1>(pixels, first, t); break;
@@ -456,7 +492,7 @@ template <int C, int FIRST, int COUNT> void row_gradient_points(const RowGradien
     for (int j = 0; j < kSums; ++j) acc[p][j] = load(at(p, j));
   const auto add_tile = [&](const Vec* dy, const float* v) __attribute__((always_inline)) {
     Vec points[kPoints];
-    gradient_points<kRowOutputs>(dy, 1, points);
+    gradient_points<Filter::kF43>(dy, 1, points);
 #pragma GCC unroll 3
     for (int r = 0; r < kRowTaps; ++r, v += t.v_row)
 #pragma GCC unroll 6
@@ -513,11 +549,12 @@ void row_gradient(const RowGradient& t) {
 }
 
 constexpr WinogradKernels winograd_kernels() {
-  return {{winograd_input<float>, winograd_output<float>, pack_weights<float>},
-          {winograd_input<BFloat16>, winograd_output<BFloat16>, pack_weights<BFloat16>},
+  return {{winograd_input<float>, winograd_output<float>, pack_weights<float>, pack_taps<float>},
+          {winograd_input<BFloat16>, winograd_output<BFloat16>, pack_weights<BFloat16>, pack_taps<BFloat16>},
           winograd_gradient,
-          {winograd_weights<3>, winograd_weights<5>},
-          {winograd_weight_gradient<3>, winograd_weight_gradient<5>},
+          {winograd_weights<3, 3>, winograd_weights<5, 5>, winograd_weights<4, 4>, winograd_weights<1, 4>},
+          {winograd_weight_gradient<3, 3>, winograd_weight_gradient<5, 5>, winograd_weight_gradient<4, 4>,
+           winograd_weight_gradient<1, 4>},
           kRowTiles * kRowOutputs,
           row_input,
           row_weights,

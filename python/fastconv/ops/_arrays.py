@@ -70,7 +70,7 @@ def operand(x: Array, name: str) -> Any:
     if isinstance(array, np.ndarray) and array.dtype == BFLOAT16:
         raise TypeError(
             f"{name} is bfloat16, which is supported by the forward pass of conv2d alone "
-            "(3x3 and 5x5 kernels at stride 1): use float32"
+            "(3x3, 5x5, 7x7, 1x7 and 7x1 kernels at stride 1): use float32"
         )
     return array
 
