@@ -54,7 +54,7 @@ def fewer_multiplications(
         return 1.0
     if taps == (3, 3) and channels <= 4:
         return 1.0 if op == "dgrad" else 2.0  # along the rows alone
-    # Taps times outputs over points; seven taps are two parts, of which one has no product at infinity.
+    # Taps times outputs over points; seven taps are two parts, one without a point at infinity.
     of_axis = {1: 1.0, 3: 3 * 4 / 6, 5: 5 * 2 / 6, 7: 7 * 3 / 11}
     if min(channels, outputs) < 16 or taps not in ((3, 3), (5, 5), (7, 7), (1, 7), (7, 1)):
         return 1.0
