@@ -21,8 +21,8 @@ from fastconv import models
 
 MODELS = ["resnet50", "resnet18_cifar", "vgg16", "densenet121", "efficientnet_b0", "smallcnn"]
 BATCHES = [1, 8]
-# Seconds before each sample: a runtime's threads spin for a while when they have nothing to do, 50 ms
-# those of ONNX Runtime, and would take a core from whoever comes next.
+# Seconds before each sample: a runtime's threads spin for a while when they have nothing to do,
+# those of ONNX Runtime for 50 ms, and would take a core from whoever comes next.
 PAUSE = 0.06
 
 
