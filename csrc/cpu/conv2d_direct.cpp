@@ -20,6 +20,8 @@ constexpr int64_t kBandFloats = 48 * 1024;
 constexpr int64_t kGroupBlocks = 4;
 // Chunks wanted at least, so that many cores find work.
 constexpr int64_t kMinChunks = 32;
+// Under so few bands the weights come from memory, and are fetched ahead.
+constexpr int64_t kFewBands = 4;
 
 // What is left to fetch into L2 of a run of memory.
 struct Upcoming {
@@ -250,7 +252,9 @@ void run(const DirectProblem& d, const std::vector<AxisTaps>& row_axes, const st
             for (const Phase& row_phase : row_phases)
               for (const Phase& column_phase : column_phases) {
                 const int64_t floats = row_phase.axis.taps.size() * column_phase.axis.taps.size() * ins * width;
-                work.next_weights = t.w + floats + (--phases == 0 && panel + 1 == mine.end ? skipped : 0);
+                work.next_weights = t.w;
+                if (bands <= kFewBands)
+                  work.next_weights += floats + (--phases == 0 && panel + 1 == mine.end ? skipped : 0);
                 run_phase(work, row_phase, column_phase, channel, k.direct[width / panels.lanes - 1], t, ins * width);
                 t.w += floats;
               }

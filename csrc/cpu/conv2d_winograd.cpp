@@ -391,6 +391,8 @@ void transform_output(const DirectProblem& d, const Arrays<T>& a, const Axis& ro
     t.y = a.y + at;
     t.residual = a.residual ? a.residual + at : nullptr;
     t.rows = tile.rows, t.columns = tile.columns;
+    t.next =
+        tile.columns > tile.size.columns ? tile.size.columns * t.pixel : tile.size.rows * t.row - tile.x * d.y_pixel;
     kernels().winograd.of<T>().output(t);
   }
 }

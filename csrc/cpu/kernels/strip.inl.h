@@ -27,7 +27,13 @@ template <int V, int P> void strip_tile(const StripTile& t) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) acc[p][v] = zero();
 
-  prefetch_outputs<V, 1, P>(t);
+  // Outputs, and what is added to them, are fetched a pixel with every few of the last taps: all at once, their misses
+  // would hold up the loop. Where there are not enough taps, or x is fetched, too, it has to be.
+  const bool at_once = t.next || t.rows > 1 || t.taps < P * kUnroll;
+  if (at_once) prefetch_outputs<V, 1, P>(t);
+  const bool fetch_residual = t.residual && !at_once, fetch_y = !t.streaming && !at_once;
+  const float *residual = fetch_residual ? t.residual : t.w, *y = fetch_y ? t.y : t.w;
+  const int64_t fetch_from = t.taps - 2 * P * kUnroll;
   const float* w = t.w;
   const float* next_w = t.next_w ? t.next_w : t.w;
   const int64_t step = t.x_step, next_w_step = t.next_w ? kBlock : 0;
@@ -65,7 +71,14 @@ template <int V, int P> void strip_tile(const StripTile& t) {
           add_taps(Count<kUnroll>{});
         }
       }
-    for (; j + kUnroll <= t.taps; j += kUnroll) add_taps(Count<kUnroll>{});
+    for (; j + kUnroll <= t.taps; j += kUnroll) {
+      if (j >= fetch_from) {
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) prefetch(residual + v * kLanes), prefetch(y + v * kLanes);
+        residual += fetch_residual ? t.pixel_stride : 0, y += fetch_y ? t.pixel_stride : 0;
+      }
+      add_taps(Count<kUnroll>{});
+    }
     for (; j < t.taps; ++j) add_taps(Count<1>{});
   }
   store_tile<V, 1, P>(acc, t);

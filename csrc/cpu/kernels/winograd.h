@@ -60,6 +60,7 @@ template <class T> struct WinogradOutput {
   int64_t position;
   T* y;
   const T* residual;      // the same place, or null
+  int64_t next;           // as in WinogradInput, of the residual
   const float* bias;      // or null
   int64_t row, pixel;     // strides of y and residual
   int64_t rows, columns;  // to store

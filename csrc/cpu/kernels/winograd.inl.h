@@ -315,7 +315,10 @@ inline __attribute__((always_inline)) void output_vector(const WinogradOutput<T>
       if (!WHOLE && j >= t.columns) break;
       const int64_t at = i * t.row + j * t.pixel + c;
       Vec sum = pixels[j] + bias;
-      if (!WHOLE && t.residual) sum = sum + (full ? load(t.residual + at) : load_first(t.residual + at, n));
+      if (!WHOLE && t.residual) {
+        prefetch(t.residual + at + t.next);
+        sum = sum + (full ? load(t.residual + at) : load_first(t.residual + at, n));
+      }
       sum = clamp(sum, low, high);
       if (!WHOLE && !full)
         store_first(t.y + at, sum, n);
