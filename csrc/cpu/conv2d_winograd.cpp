@@ -370,6 +370,13 @@ void multiply(const Axis& rows, const Axis& columns, const Tiles& tiles, const B
   }
 }
 
+// Floats from the first output of a tile to that of the tile after it, `row` and `pixel` from one output of it to the
+// next.
+int64_t to_next_tile(const Tiles::Tile& tile, const Axis& columns, int64_t row, int64_t pixel) {
+  const int64_t across = outputs_of(tile.size.columns);
+  return tile.columns > across ? across * pixel : outputs_of(tile.size.rows) * row - tile.x * columns.output_step;
+}
+
 // The outputs of the tiles [mine) for one panel of channels.
 template <class T>
 void transform_output(const DirectProblem& d, const Arrays<T>& a, const Axis& rows, const Axis& columns,
@@ -391,8 +398,7 @@ void transform_output(const DirectProblem& d, const Arrays<T>& a, const Axis& ro
     t.y = a.y + at;
     t.residual = a.residual ? a.residual + at : nullptr;
     t.rows = tile.rows, t.columns = tile.columns;
-    t.next =
-        tile.columns > tile.size.columns ? tile.size.columns * t.pixel : tile.size.rows * t.row - tile.x * d.y_pixel;
+    t.next = to_next_tile(tile, columns, t.row, t.pixel);
     kernels().winograd.of<T>().output(t);
   }
 }
@@ -550,8 +556,7 @@ void transform_gradient(const WeightGradientProblem& a, const Axis& rows, const 
     const Tiles::Tile tile = tiles[i];
     t.tile = tile.size;
     t.rows = tile.rows, t.columns = tile.columns;
-    const int64_t down = outputs_of(tile.size.rows), across = outputs_of(tile.size.columns);
-    t.next = t.columns > across ? across * t.pixel : down * t.row - tile.x * columns.output_step;
+    t.next = to_next_tile(tile, columns, t.row, t.pixel);
     const float* dy = a.dy + tile.n * rows.outputs * columns.outputs * pixel + tile.y * rows.output_step +
                       tile.x * columns.output_step + g * a.outs;
     for (int64_t panel = 0; panel < panels.count(); ++panel) {
