@@ -15,7 +15,7 @@ namespace {
 
 constexpr ConvForward kForward[] = {
     {"depthwise", depthwise::supports, depthwise::forward},
-    {"winograd_rows", winograd_rows::supports, winograd_rows::forward},
+    {"winograd_rows", winograd_rows::supports_forward, winograd_rows::forward},
     {"first_layer", first_layer::supports, first_layer::forward},
     {"few_pixels", few_pixels::supports, few_pixels::forward},
     {"pointwise", pointwise::supports, pointwise::forward},

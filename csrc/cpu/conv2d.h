@@ -55,6 +55,7 @@ void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
 
 namespace winograd_rows {
 const char* supports(const Conv2dProblem&);
+const char* supports_forward(const Conv2dProblem&);
 void forward(const Conv2dProblem&, const ForwardArguments&);
 void backward_weight(const Conv2dProblem&, const BackwardWeightArguments&);
 }  // namespace winograd_rows

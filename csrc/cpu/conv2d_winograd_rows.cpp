@@ -58,6 +58,12 @@ const char* supports(const Conv2dProblem& a) {
   return nullptr;
 }
 
+const char* supports_forward(const Conv2dProblem& a) {
+  if (const char* why = supports(a)) return why;
+  if (!kernels().winograd.row_tiles_pay) return "too few registers for tiles along rows to pay";
+  return nullptr;
+}
+
 void forward(const Conv2dProblem& a, const ForwardArguments& args) {
   const auto& k = kernels().winograd;
   const int64_t lanes = kernels().conv2d.lanes, panels = ceil_divide(a.k, lanes);

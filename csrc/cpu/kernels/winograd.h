@@ -133,6 +133,7 @@ struct WinogradKernels {
   void (*weight_gradient[4])(const WinogradWeightGradient&);
 
   int64_t row_outputs;  // of the tiles whose sums fit the registers
+  bool row_tiles_pay;   // against the sums of a plain convolution
   // v[tile][kPoints][kFewChannels] of a row of pixels x[pixel][channels], whose windows begin kRowOutputs pixels apart;
   // reads kFewChannels floats of each pixel.
   void (*row_input)(const float* x, int64_t channels, int64_t tiles, float* v);

@@ -442,6 +442,13 @@ template <int P> inline __attribute__((always_inline)) void store_row(const Vec*
 // Registers: 6 T accumulators + 1 of the weights + 1 broadcast. Bound: FMA; 6 T FMAs against 6 T + 6 loads a step, 54
 // FMAs and 12 sums a tile of three channels, against 108 FMAs of a plain convolution.
 constexpr int kRowTiles = kTilePixels / 3;
+// Two tiles, all that 16 registers hold, load 18 operands for 12 FMAs, a plain convolution 8. Without FMA
+// arithmetic is the bound of both.
+#ifdef __FMA__
+constexpr bool kRowTilesPay = kRowTiles >= 4;
+#else
+constexpr bool kRowTilesPay = true;
+#endif
 template <int T> void row_tiles_of(const RowTiles& t) {
   Vec acc[T][kPoints];
 #pragma GCC unroll 4
@@ -559,6 +566,7 @@ constexpr WinogradKernels winograd_kernels() {
           {winograd_weight_gradient<3, 3>, winograd_weight_gradient<5, 5>, winograd_weight_gradient<4, 4>,
            winograd_weight_gradient<1, 4>},
           kRowTiles * kRowOutputs,
+          kRowTilesPay,
           row_input,
           row_weights,
           row_tiles,
