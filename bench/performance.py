@@ -45,8 +45,6 @@ RUNS: dict[str, list[str]] = {
         "--no-compile",
         "--budget",
         "1",
-        "--min-rounds",
-        "3",
     ],
     "steps-smallcnn": ["bench.steps", "--models", "smallcnn", "--budget", "5"],
     "steps-compiled": [
