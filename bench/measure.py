@@ -54,7 +54,8 @@ def alternate(
 ) -> dict[str, Samples]:
     """Times every candidate once a round, for about ``budget`` seconds, at least ``min_rounds``.
 
-    pause: seconds of rest before each sample, for candidates whose threads stay busy for a while.
+    pause: seconds of rest before each sample, for candidates whose threads stay busy for a while;
+        then one uncounted call, because the candidate's own threads have fallen asleep, too.
 
     Each round starts with another candidate, so that none always follows the same one. Two calls
     of each, uncounted, warm up first and tell how long a round will take.
@@ -65,7 +66,7 @@ def alternate(
         call()
         estimate = max(seconds_per_call(call, 1), 1e-7)
         calls[name] = math.ceil(MIN_SAMPLE_SECONDS / estimate)
-        round_seconds += calls[name] * estimate + pause
+        round_seconds += calls[name] * estimate + (pause + estimate if pause else 0)
 
     rounds = max(min_rounds, min(MAX_ROUNDS, round(budget / round_seconds)))
     names = list(candidates)
@@ -73,6 +74,8 @@ def alternate(
     for i in range(rounds):
         first = i % len(names)
         for name in names[first:] + names[:first]:
-            time.sleep(pause)
+            if pause:
+                time.sleep(pause)
+                candidates[name]()
             seconds[name].append(seconds_per_call(candidates[name], calls[name]))
     return {name: Samples(values) for name, values in seconds.items()}
