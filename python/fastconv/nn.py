@@ -847,14 +847,14 @@ def conv_norm(
             return folded if pool is None else pool(folded)
     given = {"residual": residual, "activation": activation, "pool": pool}
     options = {name: value for name, value in given.items() if value is not None}
-    y: Tensor
     if folding is not None and folding.training and folding.communicator is None and not on_cpu(x):
         assert isinstance(conv, Conv2d)
-        y, options["moments"] = F.conv2d_moments(
+        x, options["moments"] = F.conv2d_moments(
             x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
         )
-        return norm(y, **options)
-    y = norm(conv(x), **options)
+    else:
+        x = conv(x)
+    y: Tensor = norm(x, **options)
     return y
 
 
