@@ -86,7 +86,8 @@ struct Axis {
     dilation = std::abs(step);
   }
   int64_t grids() const { return std::min(dilation, outputs); }
-  int64_t grid_outputs() const { return ceil_divide(outputs, dilation); }  // of the first grid; of others one less
+  int64_t grid_outputs() const { return ceil_divide(outputs, dilation); }  // of the first grids; of others one less
+  int64_t larger_grids() const { return outputs % dilation > 0 ? outputs % dilation : dilation; }
   int64_t points() const { return taps == 1 ? 1 : kPoints; }
   int64_t parts() const { return taps == 7 ? 2 : 1; }
   int64_t part_taps(int64_t part) const { return parts() == 1 ? taps : kPartStep + part; }
@@ -154,21 +155,40 @@ class Tiles {
   }
   int64_t count() const { return ends_[3]; }
 
-  Tile operator[](int64_t i) const {
-    int kind = 0;
-    while (i >= ends_[kind]) ++kind;
-    if (kind > 0) i -= ends_[kind - 1];
-    const bool fr = full_rows(kind), fc = full_columns(kind);
-    const int64_t across = columns_.tiles(fc), down = rows_.tiles(fr);
-    const int64_t grid = i / (across * down), grids_across = column_axis_.grids(), grids_down = row_axis_.grids();
-    const int64_t y = grid / grids_across % grids_down + rows_.begin(fr, i / across % down) * row_axis_.dilation;
-    const int64_t x = grid % grids_across + columns_.begin(fc, i % across) * column_axis_.dilation;
-    return {{rows_.tile(fr), columns_.tile(fc)},
-            grid / (grids_across * grids_down),
-            y,
-            x,
-            ceil_divide(row_axis_.outputs - y, row_axis_.dilation),
-            ceil_divide(column_axis_.outputs - x, column_axis_.dilation)};
+  // Calls body(index, Tile) for the tiles of a range, in their order. It counts: divisions would cost a tile of a few
+  // channels a tenth of its transform.
+  template <class Body> void each(Range range, Body body) const {
+    const int64_t grids_down = row_axis_.grids(), grids_across = column_axis_.grids();
+    const int64_t tall = row_axis_.larger_grids(), wide = column_axis_.larger_grids();
+    const int64_t height = row_axis_.grid_outputs(), width = column_axis_.grid_outputs();
+    for (int kind = 0; kind < 4; ++kind) {
+      const int64_t first = kind > 0 ? ends_[kind - 1] : 0;
+      int64_t i = std::max(range.begin, first);
+      const int64_t end = std::min(range.end, ends_[kind]);
+      if (i >= end) continue;
+      const bool fr = full_rows(kind), fc = full_columns(kind);
+      const int64_t across = columns_.tiles(fc), down = rows_.tiles(fr);
+      int64_t column = (i - first) % across, row = (i - first) / across % down;
+      const int64_t grid = (i - first) / (across * down);
+      int64_t x = grid % grids_across, y = grid / grids_across % grids_down, n = grid / (grids_across * grids_down);
+      for (; i < end; ++i) {
+        const int64_t to_row = rows_.begin(fr, row), to_column = columns_.begin(fc, column);
+        body(i, Tile{{rows_.tile(fr), columns_.tile(fc)},
+                     n,
+                     y + to_row * row_axis_.dilation,
+                     x + to_column * column_axis_.dilation,
+                     height - (y >= tall) - to_row,
+                     width - (x >= wide) - to_column});
+        if (++column < across) continue;
+        column = 0;
+        if (++row < down) continue;
+        row = 0;
+        if (++x < grids_across) continue;
+        x = 0;
+        if (++y < grids_down) continue;
+        y = 0, ++n;
+      }
+    }
   }
 
   // Of the tiles [begin, end), those that have this position.
@@ -224,8 +244,7 @@ void transform_input(const T* x, const SourceImage& source, const Axis& rows, co
   t.row = rows.dilation * rows.source_step, t.pixel = columns.dilation * columns.source_step;
   t.channels = source.channels;
   t.block = kernel_parts(rows, columns) * v.size() * kBlock, t.position = v.position;
-  for (int64_t i = mine.begin; i < mine.end; ++i) {
-    const Tiles::Tile tile = tiles[i];
+  tiles.each(mine, [&](int64_t i, const Tiles::Tile& tile) {
     t.tile = tile.size;
     for_parts(rows, columns, 0, [&](Part part) {
       const int64_t row = tile.y + rows.first + part.row * kPartStep * rows.dilation;
@@ -239,7 +258,7 @@ void transform_input(const T* x, const SourceImage& source, const Axis& rows, co
       t.v = v.data + (part.index * v.size() + i - v.tiles.begin) * kBlock;
       kernels().winograd.of<T>().input(t);
     });
-  }
+  });
 }
 
 // Channels whose weights are packed at a time: whole cache lines side by side, for the memory's sake, while all taps
@@ -389,8 +408,7 @@ void transform_output(const DirectProblem& d, const Arrays<T>& a, const Axis& ro
   t.bias = d.epilogue.bias ? d.epilogue.bias + channel : nullptr;
   t.low = d.epilogue.low, t.high = d.epilogue.high;
   t.streaming = d.streaming;
-  for (int64_t i = mine.begin; i < mine.end; ++i) {
-    const Tiles::Tile tile = tiles[i];
+  tiles.each(mine, [&](int64_t i, const Tiles::Tile& tile) {
     const int64_t at =
         tile.n * d.y_h * d.y_w * d.y_pixel + tile.y * rows.output_step + tile.x * columns.output_step + channel;
     t.tile = tile.size;
@@ -400,7 +418,7 @@ void transform_output(const DirectProblem& d, const Arrays<T>& a, const Axis& ro
     t.rows = tile.rows, t.columns = tile.columns;
     t.next = to_next_tile(tile, columns, t.row, t.pixel);
     kernels().winograd.of<T>().output(t);
-  }
+  });
 }
 
 SourceImage group_source(SourceImage source, int64_t g) {
@@ -552,8 +570,7 @@ void transform_gradient(const WeightGradientProblem& a, const Axis& rows, const 
   WinogradGradient t{};
   t.row = rows.dilation * rows.output_step, t.pixel = columns.dilation * columns.output_step;
   t.position = d.position;
-  for (int64_t i = mine.begin; i < mine.end; ++i) {
-    const Tiles::Tile tile = tiles[i];
+  tiles.each(mine, [&](int64_t i, const Tiles::Tile& tile) {
     t.tile = tile.size;
     t.rows = tile.rows, t.columns = tile.columns;
     t.next = to_next_tile(tile, columns, t.row, t.pixel);
@@ -565,7 +582,7 @@ void transform_gradient(const WeightGradientProblem& a, const Axis& rows, const 
       t.d = d.data + panel * panels.tile_k * d.size() + (i - d.tiles.begin) * t.width;
       kernels().winograd.gradient(t);
     }
-  }
+  });
 }
 
 // acc[position][part][block - blocks.begin][kBlock][width] += v' d over the tiles, for one panel.
