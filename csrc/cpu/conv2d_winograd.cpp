@@ -585,9 +585,9 @@ void transform_gradient(const WeightGradientProblem& a, const Axis& rows, const 
   });
 }
 
-// acc[position][part][block - blocks.begin][kBlock][width] += v' d over the tiles, for one panel.
+// acc[position][part][block - blocks.begin][kBlock][width] = v' d over the tiles, for one panel; or added to that.
 void add_products(const Axis& rows, const Axis& columns, const Tiles& tiles, const Block& v, const Block& d,
-                  Range blocks, int64_t channels, const Panels& panels, int64_t panel, float* acc,
+                  Range blocks, int64_t channels, const Panels& panels, int64_t panel, bool add, float* acc,
                   int64_t acc_position) {
   const int64_t width = panels.width(panel);
   const WeightTile::Row row{0, 0};
@@ -596,13 +596,18 @@ void add_products(const Axis& rows, const Axis& columns, const Tiles& tiles, con
   t.rows = 1;
   t.width = width;
   const int64_t block_floats = kernel_parts(rows, columns) * v.size() * kBlock;
+  const int64_t sums = kernel_parts(rows, columns) * (blocks.end - blocks.begin) * kBlock * width;
   for (int64_t p = 0; p < positions(rows, columns); ++p) {
     const Range here = tiles.at(p, v.tiles);
     const int64_t parts = ceil_divide(here.end - here.begin, kGradientTiles);
+    // A position that no tile has, or a part that is zero there, is read all the same.
+    const bool clear = !add && (parts == 0 || kernel_parts(rows, columns) > 1);
+    if (clear) std::fill_n(acc + p * acc_position, sums, 0.0f);
     for (int64_t i = 0; i < parts; ++i) {
       const Range part = split(here.end - here.begin, parts, i);
       const int64_t first = here.begin - v.tiles.begin + part.begin;
       t.columns = part.end - part.begin;
+      t.add = add || clear || i > 0;
       t.dy = d.data + p * d.position + panel * panels.tile_k * d.size() + first * width;
       for_parts(rows, columns, p, [&](Part of) {
         for (int64_t b = blocks.begin; b < blocks.end; ++b) {
@@ -656,7 +661,6 @@ void run_small(const WeightGradientProblem& a, const Tiles& tiles, const Axis& r
         const Range all = split(tiles.count(), parts, part);
         float* const own = scratch.as<float>() + thread * scratch_floats;
         float* const m = own + position_count * (v_position + d_position);
-        std::memset(m, 0, position_count * m_position * sizeof(float));
         const int64_t steps = ceil_divide(all.end - all.begin, fit);
         for (int64_t j = 0; j < steps; ++j) {
           const Range few = split(all.end - all.begin, steps, j);
@@ -665,8 +669,8 @@ void run_small(const WeightGradientProblem& a, const Tiles& tiles, const Axis& r
           transform_input(a.source.data, group_source(a.source, g), rows, columns, tiles, mine, v);
           transform_gradient(a, rows, columns, tiles, mine, panels, g, d);
           for (int64_t panel = 0; panel < panels.count(); ++panel)
-            add_products(rows, columns, tiles, v, d, {0, blocks}, channels, panels, panel, m + panel * m_panel,
-                         m_position);
+            add_products(rows, columns, tiles, v, d, {0, blocks}, channels, panels, panel, j > 0,
+                         m + panel * m_panel, m_position);
         }
         for (int64_t panel = 0; panel < panels.count(); ++panel) {
           float* sum = sums.as<float>() + (part * slots + g * panels.count() + panel) * slot_floats;
@@ -717,8 +721,7 @@ void run_large(const WeightGradientProblem& a, const Tiles& tiles, const Axis& r
             float* const m = scratch.as<float>() + thread * scratch_floats;
             float* const dw = m + position_count * m_position;
             float* const sum = sums.as<float>() + (panel * blocks + mine.begin) * block_floats;
-            std::memset(m, 0, position_count * m_position * sizeof(float));
-            add_products(rows, columns, tiles, v, d, mine, channels, panels, panel, m, m_position);
+            add_products(rows, columns, tiles, v, d, mine, channels, panels, panel, false, m, m_position);
             transform_weight_gradient(rows, columns, m, m_position, mine.end - mine.begin, panels.width(panel), dw);
             if (section > 0)
               for (int64_t j = 0; j < floats; ++j) dw[j] = sum[j] + dw[j];

@@ -48,7 +48,8 @@ struct DirectTile : TileOutput {
 };
 using DirectTileFunction = void (*)(const DirectTile&);
 
-// Weight gradient of one tap: acc[c][0..width) += sum over pixels of x[pixel][c] dy[pixel][0..width), c < kBlock.
+// Weight gradient of one tap: acc[c][0..width) = sum over pixels of x[pixel][c] dy[pixel][0..width), c < kBlock; or added
+// to that.
 struct WeightTile {
   struct Row {
     int64_t x, dy;  // offsets of its first pixel
@@ -62,6 +63,7 @@ struct WeightTile {
   const float* next;           // wanted next: a cache line of it is prefetched for each pixel
   int64_t next_step = kBlock;  // between those lines
   float* acc;                  // [kBlock][width]
+  bool add = true;             // to the sums in acc
 };
 
 // A tile of outputs, each of which reads one run ("strip") of floats in each of several rows:

@@ -236,7 +236,7 @@ template <int C, int V> void weight_tile_part(const WeightTile& t, int64_t c0) {
 #pragma GCC unroll 16
   for (int c = 0; c < C; ++c)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) acc[c][v] = load(out + c * W + v * kLanes);
+    for (int v = 0; v < V; ++v) acc[c][v] = t.add ? load(out + c * W + v * kLanes) : zero();
   const float* next = t.next;
   for (int64_t r = 0; r < t.rows; ++r) {
     const float *x = t.x + t.row[r].x + c0, *dy = t.dy + t.row[r].dy;
@@ -261,11 +261,14 @@ template <int C, int V> void weight_tile_part(const WeightTile& t, int64_t c0) {
 }
 
 void weight_tile(const WeightTile& t) {
-  for (int64_t c = 0; c < t.channels; c += kTileChannels)
+  int64_t c = 0;
+  for (; c < t.channels; c += kTileChannels)
     if (t.width == kLanes)
       weight_tile_part<kTileChannels, 1>(t, c);
     else
       weight_tile_part<kTileChannels, 2>(t, c);
+  if (!t.add)  // the rest of a block is read with it
+    for (int64_t i = c * t.width; i < kBlock * t.width; i += kLanes) store(t.acc + i, zero());
 }
 
 template <int V, int ROWS, int P> constexpr DirectTileFunction direct_or_null() {
