@@ -442,9 +442,17 @@ void write_gradient(const WeightGradientProblem& d, const Panels& panels, int64_
   if (taps > 1 && (d.dw.column == 1 || column_taps == 1) && (d.dw.row == column_taps || taps == column_taps)) {
     std::vector<int64_t> places(taps);
     for (int64_t tap = 0; tap < taps; ++tap) places[tap] = tap * tap_floats;
-    for (int64_t b = blocks.begin; b < blocks.end; ++b)
-      k.unpack_taps(total + (b - blocks.begin) * taps * tap_floats, width, places.data(), taps, panels.channels(panel),
-                    ins(b), dw + b * kBlock * d.dw.in, d.dw.out, d.dw.in);
+    const bool streaming = taps <= kStreamedTaps && d.dw.in == taps && d.dw.out % kBlock == 0 &&
+                           reinterpret_cast<uintptr_t>(dw) % 64 == 0 && d.source.channels % kBlock == 0 &&
+                           worth_streaming(d.groups * d.outs, d.source.channels * taps);
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+      const float* from = total + (b - blocks.begin) * taps * tap_floats;
+      float* to = dw + b * kBlock * d.dw.in;
+      if (streaming)
+        k.stream_taps(from, width, places.data(), taps, panels.channels(panel), ins(b), to, d.dw.out);
+      else
+        k.unpack_taps(from, width, places.data(), taps, panels.channels(panel), ins(b), to, d.dw.out, d.dw.in);
+    }
     return;
   }
   // Blocks in turn, so that neighbouring cache lines of dw are written one after the other.

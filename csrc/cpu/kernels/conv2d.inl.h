@@ -212,19 +212,43 @@ void pack_taps(const T* src, int64_t out_step, int64_t in_step, int64_t taps, in
       }
 }
 
+// Calls body(first tap, count, rows) with the taps of one input, a vector of them for each of kLanes outputs.
+template <class Body>
+inline __attribute__((always_inline)) void taps_of_outputs(const float* src, const int64_t* places, int64_t taps,
+                                                           Body body) {
+  for (int64_t t = 0; t < taps; t += kLanes) {
+    const int64_t count = taps - t < kLanes ? taps - t : kLanes;
+    Vec rows[kLanes];
+    for (int j = 0; j < kLanes; ++j) rows[j] = j < count ? load(src + places[t + j]) : zero();
+    transpose_rows(rows);
+    body(t, count, rows);
+  }
+}
+
 void unpack_taps(const float* src, int64_t width, const int64_t* places, int64_t taps, int64_t outs, int64_t ins,
                  float* dst, int64_t out_step, int64_t in_step) {
   for (int64_t o = 0; o < outs; o += kLanes)
     for (int64_t i = 0; i < ins; ++i)
-      for (int64_t t = 0; t < taps; t += kLanes) {
-        const int64_t count = taps - t < kLanes ? taps - t : kLanes, valid = outs - o;
-        Vec rows[kLanes];
-        for (int j = 0; j < kLanes; ++j) rows[j] = j < count ? load(src + places[t + j] + i * width + o) : zero();
-        transpose_rows(rows);
+      taps_of_outputs(src + i * width + o, places, taps, [&](int64_t t, int64_t count, const Vec* rows) {
         float* to = dst + o * out_step + i * in_step + t;
         for (int j = 0; j < kLanes; ++j)
-          if (j < valid) store_first(to + j * out_step, rows[j], count);
-      }
+          if (j < outs - o) store_first(to + j * out_step, rows[j], count);
+      });
+}
+
+// A line goes around the caches as a whole, so the taps of a line's inputs are gathered first.
+void stream_taps(const float* src, int64_t width, const int64_t* places, int64_t taps, int64_t outs, int64_t ins,
+                 float* dst, int64_t out_step) {
+  float lines[kLanes][kBlock * kStreamedTaps + kLanes];
+  for (int64_t o = 0; o < outs; o += kLanes) {
+    for (int64_t i = 0; i < ins; ++i)
+      taps_of_outputs(src + i * width + o, places, taps, [&](int64_t t, int64_t, const Vec* rows) {
+        // What is stored behind the last tap, the next input's first ones write over.
+        for (int j = 0; j < kLanes; ++j) store(lines[j] + i * taps + t, rows[j]);
+      });
+    for (int j = 0; j < kLanes && j < outs - o; ++j)
+      for (int64_t i = 0; i < ins * taps; i += kLanes) stream(dst + (o + j) * out_step + i, load(lines[j] + i));
+  }
 }
 
 // weight_tile: C channels x V vectors of one tap's weight gradient, summed over a band of pixels.

@@ -38,6 +38,7 @@ constexpr Conv2dKernels conv2d_kernels() {
       unpack_weights,
       pack_taps<float>,
       unpack_taps,
+      stream_taps,
       weight_tile,
       kStripSums,
       strip_weight_tile,
