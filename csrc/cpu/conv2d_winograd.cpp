@@ -265,15 +265,21 @@ void transform_input(const T* x, const SourceImage& source, const Axis& rows, co
 // stay in L2.
 constexpr int64_t kChannelsOf3 = 4 * kBlock, kChannelsOfMore = kBlock;
 int64_t channels_at_once(const Axis& columns) { return columns.taps == 3 ? kChannelsOf3 : kChannelsOfMore; }
+// Floats from one tap to the next; without the line between them all taps would share a set of L1.
+int64_t packed_tap(const Axis& columns, int64_t width) { return channels_at_once(columns) * width + kBlock; }
+// Floats of a panel's channels before c, the first of those packed at a time.
+int64_t packed_channels(const Axis& rows, const Axis& columns, int64_t c, int64_t width) {
+  return ceil_divide(c, channels_at_once(columns)) * rows.taps * columns.taps * packed_tap(columns, width);
+}
 
 // Elements of a cache line.
 template <class T> constexpr int64_t kLine = 64 / sizeof(T);
 
-// Channels [c, c + count) of one panel: [tap][channels_at_once][width], with gaps where there are fewer.
+// Channels [c, c + count) of one panel: [tap][channels_at_once][width], packed_tap apart.
 template <class T>
 void pack_taps(const T* weights, const WeightView& w, const Axis& rows, const Axis& columns, const Panels& panels,
                int64_t g, int64_t panel, int64_t c, int64_t count, float* to) {
-  const int64_t width = panels.width(panel), tap = channels_at_once(columns) * width;
+  const int64_t width = panels.width(panel), tap = packed_tap(columns, width);
   const int64_t taps = rows.taps * columns.taps;
   const T* src = weights + g * w.group + panel * panels.tile_k * w.out + c * w.in;
   const auto& pack = kernels().winograd.of<T>();
@@ -308,13 +314,13 @@ void transform_weights(const T* weights, const WeightView& w, const Axis& rows, 
                        const Panels& panels, int64_t g, int64_t panel, Range channels, float* u, int64_t position,
                        const float* packed = nullptr) {
   const int64_t at_once = channels_at_once(columns), taps = rows.taps * columns.taps;
-  const int64_t width = panels.width(panel), tap = at_once * width;
+  const int64_t width = panels.width(panel), tap = packed_tap(columns, width);
   Buffer own;  // more than the stack of a thread may hold
   if (!packed) own = Buffer(taps * tap * sizeof(float));
   for (int64_t c = channels.begin; c < channels.end; c += at_once) {
     const int64_t count = std::min(at_once, channels.end - c);
     if (!packed) pack_taps(weights, w, rows, columns, panels, g, panel, c, count, own.as<float>());
-    const float* from = packed ? packed + taps * c * width : own.as<float>();
+    const float* from = packed ? packed + packed_channels(rows, columns, c, width) : own.as<float>();
     for_parts(rows, columns, 0, [&](Part part) {
       WinogradWeights t{};
       t.w = from + (part.row * columns.taps + part.column) * kPartStep * tap;
@@ -339,7 +345,7 @@ PackedWeights packed_taps(const DirectProblem& d, const Axis& rows, const Axis& 
       for (int64_t c = 0; c < d.source.channels; c += at_once)
         pack_taps(d.w.data, d.w, rows, columns, panels, i / panels.count(), panel, c,
                   std::min(at_once, d.source.channels - c),
-                  to + i * panel_floats + rows.taps * columns.taps * c * panels.width(panel));
+                  to + i * panel_floats + packed_channels(rows, columns, c, panels.width(panel)));
     });
   });
 }
@@ -497,8 +503,7 @@ void run_large(const DirectProblem& d, const Arrays<T>& a, const Tiles& tiles, c
   const int64_t parts = std::clamp<int64_t>(ceil_divide(threads, panels.count()), 1, batches);
   const int64_t u_floats = position_count * u_position, m_floats = position_count * m_position;
   const int64_t scratch_floats = u_floats + (in_parts ? ceil_divide(batches, parts) : 1) * m_floats;
-  const int64_t at_once = channels_at_once(columns), taps = rows.taps * columns.taps;
-  const int64_t packed_panel = taps * ceil_divide(channels, at_once) * at_once * panels.tile_k;
+  const int64_t packed_panel = packed_channels(rows, columns, channels, panels.tile_k);
   std::optional<PackedWeights> packed;
   if (d.cache) packed.emplace(packed_taps(d, rows, columns, panels, packed_panel));
 
@@ -533,8 +538,8 @@ void run_large(const DirectProblem& d, const Arrays<T>& a, const Tiles& tiles, c
             transform_weights(a.w, d.w, rows, columns, panels, g, panel, some, u, u_position, weights);
             Fetch fetch{in_parts};
             if (weights && some.end < channels)
-              fetch.weights = weights + taps * some.end * width,
-              fetch.floats = taps * std::min(step, channels - some.end) * width;
+              fetch.weights = weights + packed_channels(rows, columns, some.end, width),
+              fetch.floats = packed_channels(rows, columns, std::min(step, channels - some.end), width);
             for (int64_t j = mine.begin; j < mine.end; ++j) {
               const Block v = input(j);
               const Block m{u + u_floats + (in_parts ? j - mine.begin : 0) * m_floats, v.tiles, m_position};
