@@ -438,17 +438,16 @@ void write_gradient(const WeightGradientProblem& d, const Panels& panels, int64_
   float* dw = const_cast<float*>(d.dw.data) + g * d.dw.group + panel * panels.tile_k * d.dw.out;
   const auto& k = kernels().conv2d;
   const auto ins = [&](int64_t block) { return std::min(kBlock, d.source.channels - block * kBlock); };
+  const bool streaming = worth_streaming(d.groups * d.outs * taps, d.source.channels) &&
+                         reinterpret_cast<uintptr_t>(dw) % 64 == 0 && d.dw.out % kBlock == 0;
   // Taps side by side in memory are written together.
   if (taps > 1 && (d.dw.column == 1 || column_taps == 1) && (d.dw.row == column_taps || taps == column_taps)) {
     std::vector<int64_t> places(taps);
     for (int64_t tap = 0; tap < taps; ++tap) places[tap] = tap * tap_floats;
-    const bool streaming = taps <= kStreamedTaps && d.dw.in == taps && d.dw.out % kBlock == 0 &&
-                           reinterpret_cast<uintptr_t>(dw) % 64 == 0 && d.source.channels % kBlock == 0 &&
-                           worth_streaming(d.groups * d.outs, d.source.channels * taps);
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
       const float* from = total + (b - blocks.begin) * taps * tap_floats;
       float* to = dw + b * kBlock * d.dw.in;
-      if (streaming)
+      if (streaming && taps <= kStreamedTaps && d.dw.in == taps)
         k.stream_taps(from, width, places.data(), taps, panels.channels(panel), ins(b), to, d.dw.out);
       else
         k.unpack_taps(from, width, places.data(), taps, panels.channels(panel), ins(b), to, d.dw.out, d.dw.in);
@@ -461,7 +460,7 @@ void write_gradient(const WeightGradientProblem& d, const Panels& panels, int64_
       k.unpack_weights(total + ((b - blocks.begin) * taps + tap) * tap_floats, width, panels.channels(panel), ins(b),
                        dw + b * kBlock * d.dw.in + d.rows.taps[tap / column_taps].index * d.dw.row +
                            d.columns.taps[tap % column_taps].index * d.dw.column,
-                       d.dw.out, d.dw.in);
+                       d.dw.out, d.dw.in, streaming && d.dw.row % kBlock == 0 && d.dw.column % kBlock == 0);
 }
 
 void write_gradient(const WeightGradientProblem& d, float* sums, int64_t parts) {

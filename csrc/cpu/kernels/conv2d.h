@@ -234,8 +234,9 @@ struct Conv2dKernels {
   void (*pack_weights)(const float* src, int64_t out_step, int64_t in_step, int64_t outs, int64_t ins, int64_t width,
                        float* dst);
   // The way back: dst[o * out_step + i * in_step] = src[i * width + o]
+  // streaming: around the caches if in_step = 1; dst and out_step are then whole cache lines
   void (*unpack_weights)(const float* src, int64_t width, int64_t outs, int64_t ins, float* dst, int64_t out_step,
-                         int64_t in_step);
+                         int64_t in_step, bool streaming);
   // The same of taps that lie side by side: dst[places[t] + i * width + o] = src[o * out_step + i * in_step + t]
   void (*pack_taps)(const float* src, int64_t out_step, int64_t in_step, int64_t taps, int64_t outs, int64_t ins,
                     int64_t width, const int64_t* places, float* dst);

@@ -181,9 +181,14 @@ void pack_weights(const T* src, int64_t out_step, int64_t in_step, int64_t outs,
 }
 
 void unpack_weights(const float* src, int64_t width, int64_t outs, int64_t ins, float* dst, int64_t out_step,
-                    int64_t in_step) {
+                    int64_t in_step, bool streaming) {
   if (in_step == 1 && for_squares(outs, ins, [&](int64_t o, int64_t i) {
-        transpose_square<Stores::kPlain>(src + i * width + o, width, dst + o * out_step + i, out_step);
+        const float* from = src + i * width + o;
+        float* to = dst + o * out_step + i;
+        if (streaming && i % kLanes == 0)
+          transpose_square<Stores::kStreaming>(from, width, to, out_step);
+        else
+          transpose_square<Stores::kPlain>(from, width, to, out_step);
       }))
     return;
   for (int64_t o = 0; o < outs; ++o)
