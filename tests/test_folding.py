@@ -14,7 +14,8 @@ import torch
 
 import fastconv as fc
 from fastconv import models, nn, no_grad, optim
-from fastconv.module import ARRAY_OF_PARAMETER, Parameter, array_of
+from fastconv.module import ARRAY_OF_PARAMETER, Parameter
+from fastconv.tensor import array_of
 from fastconv.train.ema import EMA
 from tests.cases import CONV_GEOMETRY, CONV_GROUPS, CONV_PADDING, ConvCase
 from tests.conftest import each_algorithm

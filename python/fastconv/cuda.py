@@ -12,7 +12,7 @@ operands, else the default one.
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -73,6 +73,11 @@ def _load() -> None:
     else:
         _reason = module.unavailable_reason()
         _module = None if _reason else module
+
+
+def is_built() -> bool:
+    """Whether this build has the CUDA extension at all; it may still find no device."""
+    return importlib.util.find_spec("fastconv._cuda") is not None
 
 
 def is_available() -> bool:

@@ -23,26 +23,21 @@ On a CUDA device nothing is folded or kept.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from fastconv import _C, cuda
-from fastconv.module import ARRAY_OF_PARAMETER, Parameter, array_of
-from fastconv.ops._arrays import integer, operand, pair
-from fastconv.ops.conv import padding_sides
+from fastconv.module import ARRAY_OF_PARAMETER, Parameter
+from fastconv.ops._arrays import operand
+from fastconv.ops.conv import ConvSizes, conv_sizes
 from fastconv.ops.norm import scale_and_shift
-from fastconv.tensor import Array, Tensor
+from fastconv.tensor import Array, Tensor, array_of
 
 if TYPE_CHECKING:
     from fastconv.nn import Conv2d, _BatchNorm
 
 _NONE = np.empty(0, np.float32)  # in the place of a vector that a layer does not have
-
-
-_Settings: TypeAlias = (
-    "tuple[tuple[int, int], str | tuple[int, int, int, int], tuple[int, int], int]"
-)
 
 
 class _Kept(NamedTuple):
@@ -71,7 +66,7 @@ class KeptWeights:
     def __init__(self) -> None:
         # Both are replaced as a whole: calls may come from several threads.
         self._kept: _Kept | None = None
-        self._settings: tuple[object, _Settings] | None = None
+        self._sizes: tuple[object, ConvSizes] | None = None
 
     def __reduce__(self) -> tuple[type[KeptWeights], tuple[()]]:
         return KeptWeights, ()
@@ -91,25 +86,19 @@ class KeptWeights:
             operand(array_of(conv.weight), "weight"),
             kept.shift,
             None if residual is None else operand(residual.data, "residual"),
-            *self._settings_of(conv),
+            *self.sizes_of(conv),
             activation or "",
             kept.scale,
             kept.cache,
         )
         return Tensor(y)
 
-    def _settings_of(self, conv: Conv2d) -> _Settings:
+    def sizes_of(self, conv: Conv2d) -> ConvSizes:
         """Stride, padding, dilation and groups as the kernels take them."""
-        given, settings = (conv.stride, conv.padding, conv.dilation, conv.groups), self._settings
-        if settings is None or settings[0] != given:
-            taken = (
-                pair(conv.stride, "stride"),
-                padding_sides(conv.padding),
-                pair(conv.dilation, "dilation"),
-                integer(conv.groups, "groups"),
-            )
-            self._settings = settings = (given, taken)
-        return settings[1]
+        given, sizes = (conv.stride, conv.padding, conv.dilation, conv.groups), self._sizes
+        if sizes is None or sizes[0] != given:
+            self._sizes = sizes = (given, conv_sizes(*given))
+        return sizes[1]
 
     def _current(self, conv: Conv2d, norm: _BatchNorm | None) -> _Kept:
         """What belongs to the present weights, made anew where they are not those of last time."""

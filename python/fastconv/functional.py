@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 import numpy as np
 
 from fastconv import cuda, init, ops
-from fastconv.ops._arrays import pair
+from fastconv.ops._arrays import like, pair
+from fastconv.ops.conv import ConvSizes, conv2d_gradients, conv2d_of_sizes, conv_sizes
 from fastconv.ops.dropout import check_mode, check_probability
 from fastconv.tensor import (
     Array,
     Needs,
     Tensor,
     apply,
+    array_of,
     as_tensor,
     form_of,
     is_computed_from,
@@ -45,7 +47,7 @@ def optional_tensor(value: Input | None) -> Tensor | None:
 
 
 def _data(tensor: Tensor | None) -> Array | None:
-    return None if tensor is None else tensor.data
+    return None if tensor is None else array_of(tensor)
 
 
 def conv2d(
@@ -64,19 +66,30 @@ def conv2d(
 
     x[N,C,H,W], weight[K,C/groups,R,S], bias[K], residual[N,K,P,Q] -> [N,K,P,Q].
     """
+    sizes = conv_sizes(stride, padding, dilation, groups)
+    return convolve(x, weight, bias, sizes, activation, residual)
+
+
+def convolve(
+    x: Input,
+    weight: Input,
+    bias: Input | None,
+    sizes: ConvSizes,
+    activation: str | None = None,
+    residual: Input | None = None,
+) -> Tensor:
+    """`conv2d` by what `conv_sizes` gave for stride, padding, dilation and groups."""
     check_activation(activation)
     inputs = (as_tensor(x), as_tensor(weight), optional_tensor(bias), optional_tensor(residual))
     if activation is not None and activation not in _FROM_OUTPUT and records(inputs):
-        y = conv2d(*inputs[:3], stride, padding, dilation, groups, residual=inputs[3])
-        return activate(y, activation)
+        return activate(convolve(*inputs[:3], sizes, residual=inputs[3]), activation)
     xd, wd, bd, rd = cuda.compute_operands(*map(_data, inputs))
-    sizes = (stride, padding, dilation, groups)
-    y = ops.conv2d(xd, wd, bd, *sizes, activation=activation, residual=rd)
+    y = like(conv2d_of_sizes(xd, wd, bd, rd, sizes, activation), xd)
 
     def backward(dy: Array, needs: Needs) -> Sequence[Array | None]:
         if activation is not None:
             dy = _FROM_OUTPUT[activation](dy, y)
-        gradients = ops.conv2d_backward(dy, xd, wd, *sizes, needs=needs[:3])
+        gradients = conv2d_gradients(dy, xd, wd, sizes, needs[:3])
         return *gradients, dy if needs[3] else None
 
     return apply(y, inputs, backward)
@@ -166,7 +179,7 @@ def batch_norm(
         optional_tensor(bias),
         optional_tensor(residual),
     )
-    xd, wd, bd, rd = (_data(t) for t in inputs)
+    xd, wd, bd, rd = map(_data, inputs)
     fused: dict[str, Any] = {"residual": rd, "activation": activation}
     if training:
         if communicator is not None:
@@ -222,7 +235,7 @@ def batch_norm_max_pool2d(
     """
     check_activation(activation)
     inputs = (as_tensor(x), optional_tensor(weight), optional_tensor(bias))
-    xd, wd, bd = (_data(t) for t in inputs)
+    xd, wd, bd = map(_data, inputs)
     y, places, mean, rstd = ops.batch_norm_max_pool_train(
         xd, wd, bd, running_mean, running_var, momentum, eps, kernel_size, stride,
         activation=activation, moments=moments,

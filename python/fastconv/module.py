@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fastconv.tensor import Array, Tensor, device_of, move, to_numpy
+from fastconv.tensor import Array, Tensor, array_of, device_of, move, to_numpy
 
 M = TypeVar("M", bound="Module")
 ForwardHook = Callable[["Module", tuple[Any, ...], Any], Any]
@@ -45,12 +45,6 @@ class Parameter(Tensor):
         ARRAY_OF_PARAMETER.__set__(self, array)
 
     data = property(_get_data, _set_data)
-
-
-def array_of(parameter: Parameter) -> Array:
-    """`parameter.data`, to be read at once: neither kept nor written, so its version stays."""
-    array: Array = ARRAY_OF_PARAMETER.__get__(parameter)
-    return array
 
 
 class KeyReport(NamedTuple):

@@ -195,17 +195,8 @@ class Conv2d(_Convolution):
             inputs = (x, self.weight, self.bias, residual)
             if on_cpu(*inputs) and not records(inputs):
                 return self._kept.forward(self, None, x, residual, activation or self.activation)
-        return F.conv2d(
-            x,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            activation=activation or self.activation,
-            residual=residual,
-        )
+        sizes = self._kept.sizes_of(self)
+        return F.convolve(x, self.weight, self.bias, sizes, activation or self.activation, residual)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (
@@ -330,7 +321,11 @@ class _BatchNorm(Module):
             )
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked += 1
+            if isinstance(self.num_batches_tracked, np.ndarray):
+                # In place; numpy's addition would take longer than small layers.
+                self.num_batches_tracked.fill(self.num_batches_tracked.item() + 1)
+            else:
+                self.num_batches_tracked += 1
             if self.momentum is None:  # the plain average of all batches so far
                 momentum = 1.0 / float(self.num_batches_tracked)
         training = self.training or self.running_mean is None

@@ -216,15 +216,18 @@ def _copied_state(saved: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
 
 def _arrays(params: list[Tensor]) -> tuple[list[Array], list[Array | None]]:
     """The parameters and their gradients; each gradient in its parameter's memory order."""
+    arrays: list[Array] = []
     grads: list[Array | None] = []
     for p in params:
-        assert p.grad is not None
-        if p.grad.shape != p.shape:
+        array, grad = p.data, p.grad
+        assert grad is not None
+        if grad.shape != array.shape:
             raise ValueError(
-                f"a gradient of shape {p.grad.shape} does not fit a parameter of {p.shape}"
+                f"a gradient of shape {grad.shape} does not fit a parameter of {array.shape}"
             )
-        grads.append(in_form(p.grad, p.data))
-    return [p.data for p in params], grads
+        arrays.append(array)
+        grads.append(in_form(grad, array))
+    return arrays, grads
 
 
 class SGD(Optimizer):

@@ -97,20 +97,18 @@ class _Node:
                 "backward a second time through the same operation: its saved arrays were freed by "
                 "the first backward; run the forward pass again"
             )
-        needs = tuple(source is not None for source in self.sources)
-        gradients = self.backward(dy, needs)
-        if len(gradients) != len(self.sources):
+        sources = self.sources
+        gradients = self.backward(dy, tuple([source is not None for source in sources]))
+        if len(gradients) != len(sources):
             raise RuntimeError(
-                f"a backward function returned {len(gradients)} gradients "
-                f"for {len(self.sources)} inputs"
+                f"a backward function returned {len(gradients)} gradients for {len(sources)} inputs"
             )
-        pairs = [
+        self.backward, self.sources = None, ()
+        return [
             (source, dx)
-            for source, dx in zip(self.sources, gradients, strict=True)
+            for source, dx in zip(sources, gradients, strict=True)
             if source is not None and dx is not None
         ]
-        self.backward, self.sources = None, ()
-        return pairs
 
 
 class Tensor:
@@ -260,6 +258,8 @@ class Tensor:
         """
         if self._node is not None:
             raise RuntimeError("a post-accumulate hook on a tensor that is no leaf")
+        global _hooks_exist
+        _hooks_exist = True
         self._hooks = (*self._hooks, hook)
 
         def remove() -> None:
@@ -350,6 +350,12 @@ class Tensor:
         return self.reshape(shape)
 
 
+# The array of a tensor, to be read. Of a parameter it does not count as a use of `data`.
+array_of: Callable[[Tensor], Array] = vars(Tensor)["data"].__get__
+
+_hooks_exist = False  # whether a tensor ever had one
+
+
 def to_numpy(value: Any) -> Array:
     """The numpy array that shares the memory of `value`.
 
@@ -392,7 +398,11 @@ def as_tensor(value: Any) -> Tensor:
 
 def records(inputs: Iterable[Tensor | None]) -> bool:
     """Whether an operation on `inputs` is recorded now."""
-    return _grad_mode.enabled and any(t is not None and t.requires_grad for t in inputs)
+    if _grad_mode.enabled:
+        for t in inputs:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def is_computed_from(tensor: Tensor, source: Tensor) -> bool:
@@ -422,29 +432,33 @@ def apply(output: Any, inputs: Sequence[Tensor | None], backward: Backward) -> T
     Whatever `backward` has captured stays alive until it has run, and not at all when no input
     requires a gradient.
     """
-    result = Tensor(output if cuda.is_device_array(output) else np.asarray(output))
+    if type(output) is not np.ndarray and not cuda.is_device_array(output):
+        output = np.asarray(output)
+    result = Tensor(output)
     if records(inputs):
-        sources = tuple(
+        sources = [
             None if t is None or not t.requires_grad else t if t._node is None else t._node
             for t in inputs
-        )
+        ]
         result.requires_grad = True
-        result._node = _Node(sources, backward, result.data)
+        result._node = _Node(tuple(sources), backward, output)
     return result
 
 
 def _run_tape(root: _Node, seed: Array) -> None:
     """Visits the history of `root`, each operation once and after all that used its output."""
-    hooked = _hooked_leaves(root)
+    hooked = _hooked_leaves(root) if _hooks_exist else []
     pending: dict[_Node, Array] = {root: seed}
     shared: set[_Node] = set()  # those whose pending gradient may belong to others too
     queue = [(-root.number, root)]
 
     def receive(source: _Node | Tensor, dx: Array, alone: bool) -> None:
-        dx = in_form(dx, source.data if isinstance(source, Tensor) else source)
         if isinstance(source, Tensor):
+            dx = in_form(dx, array_of(source))
             source._accumulate(dx if alone else dx.copy(order="K"))
-        elif source not in pending:
+            return
+        dx = in_form(dx, source)
+        if source not in pending:
             pending[source] = dx
             heapq.heappush(queue, (-source.number, source))
             if not alone:
@@ -468,6 +482,12 @@ def _run_tape(root: _Node, seed: Array) -> None:
 
 def _are_alone(gradients: list[Array], dy: Array) -> list[bool]:
     """Of each gradient, whether its memory is its own: neither that of dy nor another one's."""
+    for dx in gradients:
+        if type(dx) is not np.ndarray or type(dx.base) is np.ndarray or np.may_share_memory(dx, dy):
+            break
+    else:  # the usual case: new arrays, as backward functions return them, and no views
+        if len({id(dx) for dx in gradients}) == len(gradients):
+            return [dx.flags.writeable for dx in gradients]
     if any(map(cuda.is_device_array, (dy, *gradients))):
         arrays = [dy, *gradients]
         return [
@@ -502,6 +522,8 @@ def _hooked_leaves(root: _Node) -> list[tuple[int, Tensor]]:
 
 def in_form(grad: Array, like: Array | _Node) -> Array:
     """`grad` with the dtype and the memory order of `like`; itself when it has them."""
+    if grad.shape == like.shape and grad.strides == like.strides and grad.dtype == like.dtype:
+        return grad
     if grad.shape != like.shape:
         raise RuntimeError(
             f"a gradient of shape {grad.shape} arrived for an array of shape {like.shape}"

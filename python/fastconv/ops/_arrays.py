@@ -35,7 +35,10 @@ _CUDA = (2, 13)  # DLPack's device types: memory of a GPU, and managed memory
 
 
 class _Kernels:
-    """The functions of the compiled modules: of the one for the device that the operands lie on."""
+    """The functions of the compiled modules: of the one for the device that the operands lie on.
+
+    Those of the CPU themselves in a build without CUDA.
+    """
 
     def __getattr__(self, name: str) -> Any:
         on_cpu = getattr(_C, name)
@@ -50,8 +53,9 @@ class _Kernels:
                 raise TypeError(f"{name}: some arrays are on the CPU and some on a CUDA device")
             return on_cpu(*operands)
 
-        setattr(self, name, call)
-        return call
+        function = call if cuda.is_built() else on_cpu
+        setattr(self, name, function)
+        return function
 
 
 kernels = _Kernels()
@@ -65,7 +69,7 @@ def operand(x: Array, name: str) -> Any:
     library cannot use.
     """
     if type(x) is np.ndarray and x.dtype.isbuiltin == 1 and x.flags.aligned:
-        return x  # the usual case
+        return x
     array = to_stored(x, name)
     if isinstance(array, np.ndarray) and array.dtype == BFLOAT16:
         raise TypeError(
@@ -77,6 +81,8 @@ def operand(x: Array, name: str) -> Any:
 
 def to_stored(x: Array, name: str) -> Any:
     """As :func:`operand`; bfloat16, of torch or of the package ml_dtypes, becomes BFLOAT16."""
+    if type(x) is np.ndarray and x.dtype.isbuiltin == 1 and x.flags.aligned:
+        return x  # the usual case
     if cuda.is_device_array(x):
         return x
     if not isinstance(x, np.ndarray):
@@ -142,6 +148,8 @@ def like(y: Any, x: Array) -> Array:
 
 def integer(value: Any, name: str) -> int:
     """An int; TypeError for anything that is not an integer (also for 1.0 and True)."""
+    if type(value) is int and -(2**63) <= value < 2**63:  # the usual case
+        return value
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     try:
@@ -157,6 +165,8 @@ def pair(value: Any, name: str) -> tuple[int, int]:
     """(height, width) from an int or a sequence of one or two ints."""
     if type(value) is tuple and len(value) == 2:  # the usual case
         return integer(value[0], name), integer(value[1], name)
+    if type(value) is int:
+        return integer(value, name), value
     if isinstance(value, (str, bytes)):
         raise TypeError(f"{name} must be an integer or a pair of integers, got {value!r}")
     if isinstance(value, (Sequence, np.ndarray)) and np.ndim(value) == 1:

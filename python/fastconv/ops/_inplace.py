@@ -13,6 +13,8 @@ from ._arrays import Array, operand
 def writable(x: Array, name: str) -> Any:
     """The view of `x` through which it can be written. ValueError where that cannot be:
     read-only memory, or bytes (unaligned, foreign byte order) that kernels would have to copy."""
+    if type(x) is np.ndarray and x.dtype.isbuiltin == 1 and x.flags.behaved:
+        return x  # the usual case
     array = operand(x, name)
     if cuda.is_device_array(array):
         return array

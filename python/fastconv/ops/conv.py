@@ -24,6 +24,9 @@ def padding_sides(padding: PaddingLike) -> str | tuple[int, int, int, int]:
     """(top, bottom, left, right), or "same" or "valid" as they are."""
     if isinstance(padding, str):
         return padding
+    if type(padding) is tuple and len(padding) == 2 and type(padding[0]) is int:  # the usual case
+        rows, columns = pair(padding, "padding")
+        return rows, rows, columns, columns
     if not isinstance(padding, int) and np.ndim(padding) == 2:
         if len(padding) != 2 or any(len(side) != 2 for side in padding):
             raise ValueError(f"padding must be ((top, bottom), (left, right)), got {padding!r}")
@@ -31,6 +34,19 @@ def padding_sides(padding: PaddingLike) -> str | tuple[int, int, int, int]:
         return top, bottom, left, right
     rows, columns = pair(padding, "padding")
     return rows, rows, columns, columns
+
+
+ConvSizes = tuple[tuple[int, int], "str | tuple[int, int, int, int]", tuple[int, int], int]
+
+
+def conv_sizes(stride: Any, padding: PaddingLike, dilation: Any, groups: int) -> ConvSizes:
+    """The sizes of a convolution as the kernels take them."""
+    return (
+        pair(stride, "stride"),
+        padding_sides(padding),
+        pair(dilation, "dilation"),
+        integer(groups, "groups"),
+    )
 
 
 def _needs(needs: Any, count: int) -> list[bool]:
@@ -72,18 +88,27 @@ def conv2d(
         ValueError: shapes, sizes or groups that do not fit together; the message has the values.
         TypeError: wrong or different dtypes, a parameter that is not an integer.
     """
-    y = kernels.conv2d(
+    sizes = conv_sizes(stride, padding, dilation, groups)
+    return like(conv2d_of_sizes(x, w, bias, residual, sizes, activation), x)
+
+
+def conv2d_of_sizes(
+    x: Array,
+    w: Array,
+    bias: Array | None,
+    residual: Array | None,
+    sizes: ConvSizes,
+    activation: str | None,
+) -> Any:
+    """:func:`conv2d` by what :func:`conv_sizes` gave, and in the kernels' own array."""
+    return kernels.conv2d(
         to_stored(x, "input"),
         to_stored(w, "weight"),
         None if bias is None else to_stored(bias, "bias"),
         None if residual is None else to_stored(residual, "residual"),
-        pair(stride, "stride"),
-        padding_sides(padding),
-        pair(dilation, "dilation"),
-        integer(groups, "groups"),
+        *sizes,
         activation or "",
     )
-    return like(y, x)
 
 
 def conv2d_moments(
@@ -104,10 +129,7 @@ def conv2d_moments(
         operand(x, "input"),
         operand(w, "weight"),
         None if bias is None else operand(bias, "bias"),
-        pair(stride, "stride"),
-        padding_sides(padding),
-        pair(dilation, "dilation"),
-        integer(groups, "groups"),
+        *conv_sizes(stride, padding, dilation, groups),
     )
     return like(y, x), like(moments, x)
 
@@ -154,12 +176,7 @@ class PackedConv2d:
             if mean is None or var is None:
                 raise ValueError("batch_norm needs a running mean and variance, got None")
             self._scale, self._bias = scale_and_shift(mean, var, weight, shift, eps, self._bias)
-        self._settings = (
-            pair(stride, "stride"),
-            padding_sides(padding),
-            pair(dilation, "dilation"),
-            integer(groups, "groups"),
-        )
+        self._settings = conv_sizes(stride, padding, dilation, groups)
         self._cache = _C.WeightCache()
 
     def __call__(
@@ -195,18 +212,17 @@ def conv2d_backward(
     dy has the shape of y and is the gradient before the activation. dx has x's shape and layout, dw
     those of w, db is (K,): the sum of dy over batch and pixels.
     """
-    gradients = kernels.conv2d_backward(
-        operand(dy, "dy"),
-        operand(x, "input"),
-        operand(w, "weight"),
-        pair(stride, "stride"),
-        padding_sides(padding),
-        pair(dilation, "dilation"),
-        integer(groups, "groups"),
-        _needs(needs, 3),
-    )
+    sizes = conv_sizes(stride, padding, dilation, groups)
+    gradients = conv2d_gradients(dy, x, w, sizes, _needs(needs, 3))
     dx, dw, db = (None if g is None else like(g, x) for g in gradients)
     return dx, dw, db
+
+
+def conv2d_gradients(dy: Array, x: Array, w: Array, sizes: ConvSizes, needs: Any) -> Any:
+    """:func:`conv2d_backward`, as :func:`conv2d_of_sizes`."""
+    return kernels.conv2d_backward(
+        operand(dy, "dy"), operand(x, "input"), operand(w, "weight"), *sizes, needs
+    )
 
 
 def conv_transpose2d(
@@ -293,10 +309,7 @@ def explain(
     rows = module.explain_conv2d(
         [integer(v, "x_shape") for v in x_shape],
         [integer(v, "w_shape") for v in w_shape],
-        pair(stride, "stride"),
-        padding_sides(padding),
-        pair(dilation, "dilation"),
-        integer(groups, "groups"),
+        *conv_sizes(stride, padding, dilation, groups),
         cuda.dtype_name(dtype),
         direction,
     )
@@ -315,9 +328,6 @@ def conv2d_output_shape(
     n, k, p, q = kernels.conv2d_output_shape(
         [integer(v, "x_shape") for v in x_shape],
         [integer(v, "w_shape") for v in w_shape],
-        pair(stride, "stride"),
-        padding_sides(padding),
-        pair(dilation, "dilation"),
-        integer(groups, "groups"),
+        *conv_sizes(stride, padding, dilation, groups),
     )
     return n, k, p, q

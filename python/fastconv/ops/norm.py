@@ -186,9 +186,9 @@ def batch_norm_backward(
     flags = [bool(flag) for flag in needs]
     if len(flags) != 4:
         raise ValueError(f"needs must have 4 flags, got {needs!r}")
-    array = operand(x, "input")
+    array, gradient = operand(x, "input"), operand(dy, "dy")
     dx, dweight, dbias, dresidual = kernels.batch_norm_backward(
-        _image(operand(dy, "dy"), "dy"),
+        _image(gradient, "dy"),
         _image(array, "input"),
         _optional(weight, "weight"),
         operand(mean, "mean"),
@@ -199,6 +199,8 @@ def batch_norm_backward(
         bool(training),
         flags,
     )
+    if array.ndim == 4 and gradient is dy:  # the usual case: an image in the kernels' own arrays
+        return dx, dweight, dbias, dresidual
     return (
         None if dx is None else like(_with_rank(dx, array.ndim), dy),
         None if dweight is None else like(dweight, dy),
