@@ -47,8 +47,8 @@ constexpr int64_t kStreamedFloats = 2 << 20;
 // as many sums for every few tiles.
 constexpr int64_t kSmallWeights = kPositions * 128 * 128;
 constexpr int64_t kSmallGradients = kPositions * 64 * 128;
-// Floats of v that a thread keeps in L2 beside m and a panel of u (small), or of v and d in all (large).
-constexpr int64_t kThreadFloats = 144 * 1024;
+// Floats of v that a thread keeps in L2 beside m and u (small); of v and d beside the sums of a weight gradient.
+constexpr int64_t kThreadFloats = 88 * 1024, kGradientFloats = 144 * 1024;
 constexpr int64_t kSharedFloats = 4 * 1024 * 1024;
 // Tiles that pass the transformed weights of a panel at a time (large): a batch.
 constexpr int64_t kLargeTiles = 28;
@@ -648,7 +648,7 @@ void run_small(const WeightGradientProblem& a, const Tiles& tiles, const Axis& r
                const Panels& panels) {
   const int64_t channels = a.source.channels, blocks = ceil_divide(channels, kBlock);
   const int64_t outs = panels.count() * panels.tile_k, position_count = positions(rows, columns);
-  const int64_t fit = std::max<int64_t>(kThreadFloats / (position_count * (blocks * kBlock + outs)), 16);
+  const int64_t fit = std::max<int64_t>(kGradientFloats / (position_count * (blocks * kBlock + outs)), 16);
   const int64_t parts = std::clamp<int64_t>(tiles.count() / std::min(2 * fit, kGradientTiles), 1, kGradientParts);
   const int64_t v_position = input_position(rows, columns, channels, fit), d_position = outs * fit + kSkew;
   const int64_t m_panel = kernel_parts(rows, columns) * blocks * kBlock * panels.tile_k;
