@@ -206,151 +206,275 @@ void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) 
 
 namespace {
 
-// The weight gradient: pixels whose dy and x stay in L2 for a block of K and C, and the chunks wanted.
+// The weight gradient: pixels of a block, chunks wanted.
 constexpr int64_t kGradientPixels = 192, kGradientChunks = 16;
 
-// Channels of a block: few where that makes enough chunks without partial sums, and only that does.
-int64_t gradient_block(const Conv2dProblem& a) {
-  constexpr int64_t kLarge = 256, kSmall = 128;
-  const auto enough = [&](int64_t block) {
-    return a.groups * ceil_divide(a.kg(), block) * ceil_divide(a.cg(), block) >= kGradientChunks;
-  };
-  return !enough(kLarge) && enough(kSmall) ? kSmall : kLarge;
-}
-
-// The sums of a block of dw lie in the order [tile of outs][vector of ins][out][lanes], because rows of dw can be so
-// far apart that those of a tile compete for the same sets of L1. Of one tile: visit(place, out, in, how many ins)
-template <class Visit> void for_sums(Range tile, int64_t ins, int64_t block_width, Visit&& visit) {
-  const int64_t lanes = kernels().conv2d.lanes;
-  for (int64_t o = tile.begin; o < tile.end; ++o)
-    for (int64_t c = 0; c < ins; c += lanes)
-      visit(tile.begin * block_width + c * (tile.end - tile.begin) + (o - tile.begin) * lanes, o, c,
-            std::min(lanes, ins - c));
-}
-
-void store(float* to, int64_t step, const float* from, int64_t count) {
-  if (step == 1 && count == kBlock)
+void copy(const float* from, int64_t count, float* to) {
+  if (count == kBlock)
     std::memcpy(to, from, kBlock * sizeof(float));  // of a size known to the compiler
   else
-    for (int64_t i = 0; i < count; ++i) to[i * step] = from[i];
+    std::memcpy(to, from, count * sizeof(float));
 }
+
+// One factor of dw, x or dy.
+struct Factor {
+  const float* data;
+  Pixels at;
+  int64_t channels;  // of a group
+  int64_t dw_step;   // between those of neighbouring channels in dw
+};
+
+// Some channels of a block of pixels of a factor.
+struct FactorBlock {
+  const float* data;
+  Pixels at;
+  int64_t height, width, channels;
+  int64_t pixels() const { return height * width; }
+};
+
+// Fetches a block into L2, some cache lines at a time.
+class BlockFetch {
+ public:
+  explicit BlockFetch(const FactorBlock& block)
+      : block_(block), row_(block.data), pixel_(block.data), left_(block.pixels() * lines()) {}
+  int64_t left() const { return left_; }
+  void fetch(int64_t count) {
+    for (left_ -= count; count > 0; --count) {
+      __builtin_prefetch(pixel_ + line_ * kBlock, 0, 2);
+      if (++line_ < lines()) continue;
+      line_ = 0, pixel_ += block_.at.pixel;
+      if (++column_ < block_.width) continue;
+      column_ = 0, pixel_ = row_ += block_.at.row;
+    }
+  }
+
+ private:
+  int64_t lines() const { return ceil_divide(block_.channels, kBlock); }
+  FactorBlock block_;
+  const float *row_, *pixel_;
+  int64_t left_, line_ = 0, column_ = 0;
+};
+
+// dw = sum over pixels of rows^T lanes, where the channels of one factor, `lanes`, are those of vectors. A thread sums
+// up blocks of pixels into a block of dw, its slot.
+//
+// With many registers a register tile reads both factors where they lie. With few it would read lanes again for every
+// few rows, a cache line of each pixel, some KiB apart. There both are packed, and multiplied by the register tile of
+// the forward pass: lanes in the place of weights, rows, transposed, in that of pixels.
+class WeightGradient {
+ public:
+  WeightGradient(const Conv2dProblem& a, const BackwardWeightArguments& args)
+      : pack_(worth_packing(a)),
+        blocks_(a, kGradientPixels),
+        groups_(a.groups),
+        dw_(args.dw.as<float>()),
+        dw_group_(a.kg() * args.dw.strides[0]),
+        rows_{static_cast<const float*>(args.dy), output_pixels(a), a.kg(), args.dw.strides[0]},
+        lanes_{static_cast<const float*>(args.x), input_pixels(a), a.cg(), args.dw.strides[1]} {
+    // Transposing costs more than copying, so it is for the one with fewer channels.
+    if (pack_ && rows_.channels > lanes_.channels && Blocks::is_dense(a)) std::swap(rows_, lanes_);
+    const auto slots_of = [&](int64_t block) {
+      return groups_ * ceil_divide(rows_.channels, block) * ceil_divide(lanes_.channels, block);
+    };
+    // Few channels where that makes enough chunks without partial sums, and only that does.
+    constexpr int64_t kLarge = 256, kSmall = 128;
+    block_ = slots_of(kLarge) < kGradientChunks && slots_of(kSmall) >= kGradientChunks ? kSmall : kLarge;
+    slots_ = slots_of(block_);
+    // Each part of the pixels beyond the first costs a partial sum of the size of dw; they are added in order.
+    parts_ = std::clamp<int64_t>(ceil_divide(kGradientChunks, slots_), 1, blocks_.count());
+  }
+
+  void run() const {
+    const int threads = num_threads();
+    const Slot largest = slot_of(0);
+    const int64_t sum_floats = largest.rows * largest.panels.count() * panel_width();
+    const int64_t packed_floats =
+        pack_ ? largest.panels.count() * panel_stride() + largest.rows * block_pixels() : block_pixels() * k_.lanes;
+    // The sums of every slot and part, or of what each thread works on.
+    Buffer sums((parts_ > 1 ? slots_ * parts_ : threads) * sum_floats * sizeof(float));
+    Buffer packed(threads * packed_floats * sizeof(float));
+    parallel_for(
+        slots_ * parts_,
+        [&](int64_t i, int thread) {
+          const Slot slot = slot_of(i % slots_);
+          float* mine = sums.as<float>() + (parts_ > 1 ? i : thread) * sum_floats;
+          add_blocks(slot, split(blocks_.count(), parts_, i / slots_), mine,
+                     packed.as<float>() + thread * packed_floats);
+          if (parts_ == 1) write(slot, Range{0, slot.rows}, mine);
+        },
+        threads);
+    if (parts_ == 1) return;
+
+    const int64_t tiles = ceil_divide(largest.rows, k_.tile_pixels);
+    parallel_for(slots_ * tiles, [&](int64_t i, int) {
+      const Slot slot = slot_of(i / tiles);
+      const Range rows = split(slot.rows, tiles, i % tiles);
+      float* total = sums.as<float>() + i / tiles * sum_floats;
+      for (int64_t part = 1; part < parts_; ++part)
+        for (int64_t p = 0; p < slot.panels.count(); ++p)
+          for (int64_t at = slot.sums_of(p, rows.begin); at < slot.sums_of(p, rows.end); ++at)
+            total[at] += total[part * slots_ * sum_floats + at];
+      write(slot, rows, total);
+    });
+  }
+
+ private:
+  // A block of dw. Its sums lie in the order [panel of lanes][row][width of the panel], because rows of dw can be so
+  // far apart that those of a tile compete for the same sets of L1.
+  struct Slot {
+    int64_t group, first_row, first_lane, rows;
+    direct::Panels panels;
+    int64_t sums_of(int64_t panel, int64_t row) const {
+      return panel * panels.tile_k * rows + row * panels.width(panel);
+    }
+  };
+
+  bool worth_packing(const Conv2dProblem& a) const {
+    constexpr int64_t kManySums = 16, kManyChannels = 24;
+    return k_.strip_sums < kManySums && std::min(a.kg(), a.cg()) >= kManyChannels;
+  }
+  int64_t panel_width() const { return pack_ ? k_.tile_k : k_.lanes; }
+  int64_t block_pixels() const { return blocks_.block_rows * blocks_.block_columns; }
+  // Between packed panels; no multiple of 4 KiB, with which they would compete for the same sets of L1.
+  int64_t panel_stride() const { return block_pixels() * k_.tile_k + kBlock; }
+
+  Slot slot_of(int64_t i) const {
+    const int64_t lane_blocks = ceil_divide(lanes_.channels, block_), row_blocks = ceil_divide(rows_.channels, block_);
+    const int64_t row = i / lane_blocks % row_blocks * block_, lane = i % lane_blocks * block_;
+    return {i / lane_blocks / row_blocks,
+            row,
+            lane,
+            std::min(block_, rows_.channels - row),
+            {std::min(block_, lanes_.channels - lane), panel_width(), k_.lanes}};
+  }
+
+  FactorBlock block_of(const Factor& f, const Slot& slot, int64_t first, int64_t channels, int64_t block) const {
+    const Range rows = blocks_.row_range(block), columns = blocks_.column_range(block);
+    return {f.data + blocks_.offset(block, f.at) + slot.group * f.channels + first, f.at, rows.end - rows.begin,
+            columns.end - columns.begin, channels};
+  }
+
+  void add_blocks(const Slot& slot, Range blocks, float* sums, float* packed) const {
+    const auto rows_of = [&](int64_t i) { return block_of(rows_, slot, slot.first_row, slot.rows, i); };
+    const auto lanes_of = [&](int64_t i) { return block_of(lanes_, slot, slot.first_lane, slot.panels.outs, i); };
+    if (!pack_) std::memset(sums, 0, slot.rows * slot.panels.count() * k_.lanes * sizeof(float));
+    for (int64_t i = blocks.begin; i < blocks.end; ++i) {
+      // The next block is fetched meanwhile.
+      FactorBlock next_rows = rows_of(std::min(i + 1, blocks.end - 1)),
+                  next_lanes = lanes_of(std::min(i + 1, blocks.end - 1));
+      if (!pack_) {
+        add_in_place(slot, rows_of(i), lanes_of(i), next_rows, next_lanes, sums, packed);
+        continue;
+      }
+      float* turned = packed + slot.panels.count() * panel_stride();
+      pack_lanes(slot.panels, lanes_of(i), packed);
+      const FactorBlock rows = rows_of(i);
+      kernels().layout.transpose(rows.data, rows.at.pixel, rows.pixels(), rows.channels, turned, rows.pixels(), false);
+      if (i + 1 == blocks.end) next_rows.height = next_lanes.height = 0;
+      add_packed(slot, rows.pixels(), packed, turned, i > blocks.begin, BlockFetch(next_rows), BlockFetch(next_lanes),
+                 sums);
+    }
+  }
+
+  void pack_lanes(const direct::Panels& panels, const FactorBlock& lanes, float* to) const {
+    const int64_t whole = lanes.channels / k_.tile_k, tail = lanes.channels - whole * k_.tile_k;
+    for (int64_t row = 0; row < lanes.height; ++row) {
+      const float* from = lanes.data + row * lanes.at.row;
+      const int64_t first = row * lanes.width;
+      k_.pack_panels(from, lanes.at.pixel, lanes.width, whole, to + first * k_.tile_k, panel_stride());
+      if (tail > 0)
+        k_.pack_slice(from + whole * k_.tile_k, lanes.at.pixel, lanes.width, tail, panels.width(whole),
+                      to + whole * panel_stride() + first * panels.width(whole));
+    }
+  }
+
+  void add_packed(const Slot& slot, int64_t pixels, const float* lanes, const float* rows, bool accumulate,
+                  BlockFetch next_rows, BlockFetch next_lanes, float* sums) const {
+    const int64_t tiles = ceil_divide(slot.rows, k_.tile_pixels), panels = slot.panels.count();
+    StripTile t{};
+    t.rows = 1, t.taps = t.x_step = pixels;
+    t.low = Epilogue{}.low, t.high = Epilogue{}.high;
+    for (int64_t p = 0, left = panels * tiles; p < panels; ++p) {
+      t.w = lanes + p * panel_stride();
+      t.channels = t.pixel_stride = slot.panels.width(p);
+      const auto* tile = k_.strip[t.pixel_stride / k_.lanes - 1];
+      for (int64_t j = 0; j < tiles; ++j, --left) {
+        next_rows.fetch(ceil_divide(next_rows.left(), left));
+        next_lanes.fetch(ceil_divide(next_lanes.left(), left));
+        const Range outs = split(slot.rows, tiles, j);
+        t.x = rows + outs.begin * pixels;
+        t.y = sums + slot.sums_of(p, outs.begin);
+        t.residual = accumulate ? t.y : nullptr;
+        tile[outs.end - outs.begin - 1](t);
+      }
+    }
+  }
+
+  void add_in_place(const Slot& slot, const FactorBlock& rows, const FactorBlock& lanes, const FactorBlock& next_rows,
+                    const FactorBlock& next_lanes, float* sums, float* tail) const {
+    StripWeightTile t{};
+    t.a_step = rows.at.pixel, t.a_row_step = rows.at.row;
+    t.rows = rows.height, t.columns = rows.width;
+    t.tap_rows = 1;
+    t.acc_step = k_.lanes;
+    // A cache line of each pixel of the next block is fetched with every tile: rows, then lanes.
+    const auto set_next = [&](int64_t channel) {
+      const bool of_rows = channel < rows.channels, none = channel >= rows.channels + lanes.channels;
+      t.next = of_rows ? next_rows.data + channel : next_lanes.data + (none ? 0 : channel - rows.channels);
+      t.next_step = of_rows ? rows.at.pixel : none ? 0 : lanes.at.pixel;
+      t.next_row_step = of_rows ? rows.at.row : none ? 0 : lanes.at.row;
+    };
+    // Rows in parts that fit the registers, so that those of a part stay in L1.
+    const int64_t tiles = ceil_divide(slot.rows, k_.strip_sums), panels = slot.panels.count();
+    for (int64_t j = 0; j < tiles; ++j) {
+      const Range outs = split(slot.rows, tiles, j);
+      t.a = rows.data + outs.begin;
+      t.taps = outs.end - outs.begin;
+      for (int64_t p = 0; p < panels; ++p) {
+        t.acc = sums + slot.sums_of(p, outs.begin);
+        set_next((j * panels + p) * kBlock);
+        t.b = lanes.data + p * k_.lanes;
+        t.b_step = lanes.at.pixel;
+        t.b_row_step = t.rows > 1 ? lanes.at.row : 0;
+        if (slot.panels.channels(p) < k_.lanes) {
+          for (int64_t row = 0; row < t.rows; ++row)
+            k_.pack_slice(t.b + row * lanes.at.row, lanes.at.pixel, t.columns, slot.panels.channels(p), k_.lanes,
+                          tail + row * t.columns * k_.lanes);
+          t.b = tail;
+          t.b_step = k_.lanes, t.b_row_step = t.columns * k_.lanes;
+        }
+        k_.strip_weight_tile(t);
+      }
+    }
+  }
+
+  void write(const Slot& slot, Range rows, const float* sums) const {
+    float* dw =
+        dw_ + slot.group * dw_group_ + (slot.first_row + rows.begin) * rows_.dw_step + slot.first_lane * lanes_.dw_step;
+    const direct::Panels& panels = slot.panels;
+    if (lanes_.dw_step == 1)
+      for (int64_t r = rows.begin; r < rows.end; ++r, dw += rows_.dw_step)
+        for (int64_t p = 0; p < panels.count(); ++p)
+          copy(sums + slot.sums_of(p, r), panels.channels(p), dw + p * panels.tile_k);
+    else
+      for (int64_t p = 0; p < panels.count(); ++p)
+        k_.unpack_weights(sums + slot.sums_of(p, rows.begin), panels.width(p), panels.channels(p),
+                          rows.end - rows.begin, dw + p * panels.tile_k * lanes_.dw_step, lanes_.dw_step,
+                          rows_.dw_step, false);
+  }
+
+  const Conv2dKernels& k_ = kernels().conv2d;
+  const bool pack_;
+  Blocks blocks_;
+  int64_t groups_;
+  float* dw_;
+  int64_t dw_group_;
+  Factor rows_, lanes_;
+  int64_t block_, slots_, parts_;  // channels of a slot, of either factor; slots; parts of the pixels
+};
 
 }  // namespace
 
-void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args) {
-  const auto& k = kernels().conv2d;
-  const auto* x = static_cast<const float*>(args.x);
-  const auto* dy = static_cast<const float*>(args.dy);
-  const Pixels from = input_pixels(a), to = output_pixels(a);
-  const Blocks blocks(a, kGradientPixels);
-  const int64_t kg = a.kg(), cg = a.cg();
-  const int64_t block_size = gradient_block(a);
-  const int64_t k_blocks = ceil_divide(kg, block_size), c_blocks = ceil_divide(cg, block_size);
-  const int64_t slots = a.groups * k_blocks * c_blocks;
-  // Each part of the pixels beyond the first costs a partial sum of the size of dw; they are added in order.
-  const int64_t parts = std::clamp<int64_t>(ceil_divide(kGradientChunks, slots), 1, blocks.count());
-  const auto& stride = args.dw.strides;
-  const int64_t block_width = ceil_divide(std::min(cg, block_size), k.lanes) * k.lanes;
-  const int64_t acc_floats = std::min(kg, block_size) * block_width;
-  const int64_t tail_floats = blocks.block_rows * blocks.block_columns * k.lanes;
-  const int threads = num_threads();
-  // The sums of every slot and part, or of what each thread works on.
-  Buffer sums((parts > 1 ? slots * parts : threads) * acc_floats * sizeof(float));
-  Buffer tails(threads * tail_floats * sizeof(float));
-  const auto outs_of = [&](int64_t slot) {
-    const int64_t begin = slot / c_blocks % k_blocks * block_size;
-    return Range{begin, std::min(kg, begin + block_size)};
-  };
-  const auto ins_of = [&](int64_t slot) {
-    const int64_t begin = slot % c_blocks * block_size;
-    return Range{begin, std::min(cg, begin + block_size)};
-  };
-  const auto tiles_of = [&](int64_t slot) {
-    const Range outs = outs_of(slot);
-    return ceil_divide(outs.end - outs.begin, k.strip_sums);
-  };
-  const auto tile_of = [&](int64_t slot, int64_t j) {
-    const Range outs = outs_of(slot);
-    return split(outs.end - outs.begin, tiles_of(slot), j);
-  };
-  const auto write = [&](int64_t slot, int64_t j, const float* total) {
-    const Range ins = ins_of(slot);
-    const int64_t first = slot / c_blocks / k_blocks * kg + outs_of(slot).begin;
-    for_sums(tile_of(slot, j), ins.end - ins.begin, block_width, [&](int64_t at, int64_t o, int64_t c, int64_t count) {
-      store(args.dw.as<float>() + (first + o) * stride[0] + (ins.begin + c) * stride[1], stride[1], total + at, count);
-    });
-  };
-
-  parallel_for(
-      slots * parts,
-      [&](int64_t i, int thread) {
-        const int64_t slot = i % slots, part = i / slots;
-        const int64_t c0 = ins_of(slot).begin, c1 = ins_of(slot).end;
-        const int64_t k0 = outs_of(slot).begin, k1 = outs_of(slot).end;
-        const int64_t g = slot / c_blocks / k_blocks;
-        float* acc = sums.as<float>() + (parts > 1 ? i : thread) * acc_floats;
-        float* tail = tails.as<float>() + thread * tail_floats;
-        std::memset(acc, 0, acc_floats * sizeof(float));
-        StripWeightTile t{};
-        t.a_step = to.pixel, t.a_row_step = to.row;
-        t.tap_rows = 1;
-        t.acc_step = k.lanes;
-        const Range mine = split(blocks.count(), parts, part);
-        for (int64_t block = mine.begin; block < mine.end; ++block) {
-          const Range rows = blocks.row_range(block), columns = blocks.column_range(block);
-          const float* dy_block = dy + blocks.offset(block, to) + g * kg + k0;
-          const float* x_block = x + blocks.offset(block, from) + g * cg;
-          t.rows = rows.end - rows.begin, t.columns = columns.end - columns.begin;
-          // Rows of the gradient in parts that fit the registers, so that dy of a part stays in L1.
-          const int64_t tiles = tiles_of(slot);
-          const int64_t vectors = ceil_divide(c1 - c0, k.lanes);
-          const int64_t next = std::min(block + 1, mine.end - 1);
-          const float* dy_next = dy + blocks.offset(next, to) + g * kg + k0;
-          const float* x_next = x + blocks.offset(next, from) + g * cg + c0;
-          // The next block is fetched meanwhile, a cache line of each pixel with every tile: dy, then x.
-          const auto set_next = [&](StripWeightTile& tile, int64_t channel) {
-            const bool of_dy = channel < k1 - k0, none = channel >= k1 - k0 + c1 - c0;
-            tile.next = of_dy ? dy_next + channel : none ? x_next : x_next + channel - (k1 - k0);
-            tile.next_step = of_dy ? to.pixel : none ? 0 : from.pixel;
-            tile.next_row_step = of_dy ? to.row : none ? 0 : from.row;
-          };
-          for (int64_t j = 0; j < tiles; ++j) {
-            const Range outs = tile_of(slot, j);
-            t.a = dy_block + outs.begin;
-            t.taps = outs.end - outs.begin;
-            for (int64_t c = c0; c < c1; c += k.lanes) {
-              t.acc = acc + outs.begin * block_width + (c - c0) * t.taps;
-              set_next(t, (j * vectors + (c - c0) / k.lanes) * kBlock);
-              t.b = x_block + c;
-              t.b_step = from.pixel;
-              t.b_row_step = t.rows > 1 ? from.row : 0;
-              if (c + k.lanes > cg) {
-                for (int64_t row = 0; row < t.rows; ++row)
-                  k.pack_slice(t.b + row * from.row, from.pixel, t.columns, cg - c, k.lanes,
-                               tail + row * t.columns * k.lanes);
-                t.b = tail;
-                t.b_step = k.lanes, t.b_row_step = t.columns * k.lanes;
-              }
-              k.strip_weight_tile(t);
-            }
-          }
-        }
-        for (int64_t j = 0; parts == 1 && j < tiles_of(slot); ++j) write(slot, j, acc);
-      },
-      threads);
-  if (parts == 1) return;
-
-  const int64_t most_tiles = tiles_of(0);
-  parallel_for(slots * most_tiles, [&](int64_t i, int) {
-    const int64_t slot = i / most_tiles, j = i % most_tiles;
-    if (j >= tiles_of(slot)) return;
-    const Range tile = tile_of(slot, j);
-    float* total = sums.as<float>() + slot * acc_floats;
-    for (int64_t part = 1; part < parts; ++part)
-      for (int64_t at = tile.begin * block_width; at < tile.end * block_width; ++at)
-        total[at] += total[part * slots * acc_floats + at];
-    write(slot, j, total);
-  });
-}
+void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args) { WeightGradient(a, args).run(); }
 
 }  // namespace fastconv::cpu::pointwise

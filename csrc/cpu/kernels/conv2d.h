@@ -225,6 +225,9 @@ struct Conv2dKernels {
   // dst[block * block_stride + p * kBlock + i] = src[p * src_step + block * kBlock + i], zero beyond channels
   void (*pack_pixels)(const float* src, int64_t src_step, int64_t pixels, int64_t channels, float* dst,
                       int64_t block_stride);
+  // The same of whole blocks of tile_k floats: dst[panel * panel_stride + p * tile_k + i]
+  void (*pack_panels)(const float* src, int64_t src_step, int64_t pixels, int64_t panels, float* dst,
+                      int64_t panel_stride);
   // dst[p * width + i] = src[p * src_step + i] for i < valid, zero up to width
   void (*pack_slice)(const float* src, int64_t src_step, int64_t pixels, int64_t valid, int64_t width, float* dst);
   // dst[p * step + i] = 0 for i < channels

@@ -139,6 +139,19 @@ void pack_pixels(const float* src, int64_t src_step, int64_t pixels, int64_t cha
   }
 }
 
+// Bound: memory. Neighbouring pixels are further apart than the hardware fetches ahead.
+void pack_panels(const float* src, int64_t src_step, int64_t pixels, int64_t panels, float* dst, int64_t panel_stride) {
+  constexpr int64_t kWidth = kTileVectors * kLanes, kAhead = 4;
+  for (int64_t p = 0; p < pixels; ++p, src += src_step, dst += kWidth)
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const float* from = src + panel * kWidth;
+      float* to = dst + panel * panel_stride;
+      for (int64_t i = 0; i < kWidth; i += kBlock)
+        prefetch(from + kAhead * src_step + i), prefetch(to + kAhead * kWidth + i);
+      for (int64_t i = 0; i < kWidth; i += kLanes) store(to + i, load(from + i));
+    }
+}
+
 template <class T>
 void pack_slice(const T* src, int64_t src_step, int64_t pixels, int64_t valid, int64_t width, float* dst) {
   for (int64_t p = 0; p < pixels; ++p, src += src_step, dst += width)

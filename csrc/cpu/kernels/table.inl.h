@@ -32,6 +32,7 @@ constexpr Conv2dKernels conv2d_kernels() {
       kDotRows,
       dot<>,
       pack_pixels,
+      pack_panels,
       pack_slice<float>,
       zero_pixels,
       pack_weights<float>,
