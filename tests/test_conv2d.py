@@ -253,7 +253,7 @@ LAYOUT_CASES = [
     ConvCase("1x1_s2", 2, 19, 6, 7, 37, 1, 1, stride=2),
     ConvCase("depthwise", 2, 35, 6, 7, 35, 3, 3, padding=1, groups=35),
     ConvCase("rgb", 2, 3, 8, 9, 33, 3, 3, padding=1),
-    ConvCase("large_weights", 2, 272, 5, 4, 240, 3, 3, padding=1),  # dw goes around the caches
+    ConvCase("large_weights", 2, 272, 4, 5, 240, 3, 3, padding=1),  # dw goes around the caches
 ]
 
 

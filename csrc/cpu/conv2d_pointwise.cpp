@@ -459,8 +459,8 @@ class WeightGradient {
     else
       for (int64_t p = 0; p < panels.count(); ++p)
         k_.unpack_weights(sums + slot.sums_of(p, rows.begin), panels.width(p), panels.channels(p),
-                          rows.end - rows.begin, dw + p * panels.tile_k * lanes_.dw_step, lanes_.dw_step,
-                          rows_.dw_step, false);
+                          rows.end - rows.begin, dw + p * panels.tile_k * lanes_.dw_step, lanes_.dw_step, rows_.dw_step,
+                          false);
   }
 
   const Conv2dKernels& k_ = kernels().conv2d;
