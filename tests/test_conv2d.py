@@ -253,12 +253,13 @@ LAYOUT_CASES = [
     ConvCase("1x1_s2", 2, 19, 6, 7, 37, 1, 1, stride=2),
     ConvCase("depthwise", 2, 35, 6, 7, 35, 3, 3, padding=1, groups=35),
     ConvCase("rgb", 2, 3, 8, 9, 33, 3, 3, padding=1),
-    ConvCase("large_weights", 2, 272, 4, 5, 240, 3, 3, padding=1),  # dw goes around the caches
 ]
+# Its dw is written around the caches.
+LARGE_WEIGHTS = ConvCase("large_weights", 2, 272, 4, 5, 240, 3, 3, padding=1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", LAYOUT_CASES, ids=str)
+@pytest.mark.parametrize("case", [*LAYOUT_CASES, LARGE_WEIGHTS], ids=str)
 def test_layouts_do_not_change_a_bit(case, layout, isa):
     data = conv_data(case)
     y = fc.conv2d(data.x, data.w, data.bias, **case.arguments)

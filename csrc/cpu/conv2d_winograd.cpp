@@ -674,8 +674,8 @@ void run_small(const WeightGradientProblem& a, const Tiles& tiles, const Axis& r
           transform_input(a.source.data, group_source(a.source, g), rows, columns, tiles, mine, v);
           transform_gradient(a, rows, columns, tiles, mine, panels, g, d);
           for (int64_t panel = 0; panel < panels.count(); ++panel)
-            add_products(rows, columns, tiles, v, d, {0, blocks}, channels, panels, panel, j > 0,
-                         m + panel * m_panel, m_position);
+            add_products(rows, columns, tiles, v, d, {0, blocks}, channels, panels, panel, j > 0, m + panel * m_panel,
+                         m_position);
         }
         for (int64_t panel = 0; panel < panels.count(); ++panel) {
           float* sum = sums.as<float>() + (part * slots + g * panels.count() + panel) * slot_floats;

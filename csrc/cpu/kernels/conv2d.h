@@ -48,8 +48,8 @@ struct DirectTile : TileOutput {
 };
 using DirectTileFunction = void (*)(const DirectTile&);
 
-// Weight gradient of one tap: acc[c][0..width) = sum over pixels of x[pixel][c] dy[pixel][0..width), c < kBlock; or added
-// to that.
+// Weight gradient of one tap: acc[c][0..width) = sum over pixels of x[pixel][c] dy[pixel][0..width), c < kBlock; or
+// added to that.
 struct WeightTile {
   struct Row {
     int64_t x, dy;  // offsets of its first pixel
