@@ -17,7 +17,7 @@ constexpr bool kManyRegisters = kLanes == 16;
 // Sizes of images are often a multiple of 7.
 constexpr int kWidePixels = kManyRegisters ? 7 : 4;
 constexpr int kNarrowPixels = 4;
-constexpr int kPrefetchFloats = 16;  // a cache line
+constexpr int kLineFloats = 16;  // of a cache line
 
 // The pixels of one source row that a row of P outputs meets, STEP pixels apart, under S taps.
 template <int S, int STEP, int P, bool TAIL> struct DepthwiseWindow {
@@ -38,14 +38,43 @@ template <int S, int STEP, int P, bool TAIL> struct DepthwiseWindow {
 // Asks for the next part of a stream while this one is worked on: what a tile loads jumps from pixel to pixel, which
 // the hardware does not foresee.
 inline __attribute__((always_inline)) void prefetch_next(const float*& at, int64_t floats) {
-  for (int64_t i = 0; i < floats; i += kPrefetchFloats) prefetch_l2(at + i);
+  for (int64_t i = 0; i < floats; i += kLineFloats) prefetch_l2(at + i);
   at += floats;
+}
+
+// Outputs written around the caches. A line of several vectors waits here for its last one: with more lines begun than
+// the machine can combine, each would go to memory in parts.
+constexpr int kLineVectors = kLineFloats / kLanes;
+template <int P> struct DepthwiseLines {
+  float begun[kLineVectors][kDepthwiseRows][P][kLanes];
+};
+
+template <int P>
+inline __attribute__((always_inline)) void stream_outputs(const Vec (&y)[kDepthwiseRows][P], const DepthwiseRows& t,
+                                                          int64_t at, int vector, DepthwiseLines<P>& lines) {
+  const bool last = kLineVectors == 1 || vector == kLineVectors - 1;
+#pragma GCC unroll 2
+  for (int r = 0; r < kDepthwiseRows; ++r) {
+    if (r == t.rows) return;
+    float* to = t.y + at + r * t.y_row;
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p, to += t.y_pixel) {
+      if (!last) {
+        store(lines.begun[vector][r][p], y[r][p]);
+        continue;
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < kLineVectors - 1; ++v)
+        stream(to - (kLineVectors - 1 - v) * kLanes, load(lines.begun[v][r][p]));
+      stream(to, y[r][p]);
+    }
+  }
 }
 
 // Bound: FMA, P * S a kernel row and row of outputs, against (P - 1) * STEP + S pixels and S weights loaded.
 template <int S, int STEP, int P, bool TAIL>
 inline __attribute__((always_inline)) void depthwise_outputs(const DepthwiseRows& t, int64_t j, int64_t c, int64_t n,
-                                                             const float* w) {
+                                                             const float* w, DepthwiseLines<P>& lines) {
   Vec sum[kDepthwiseRows][P];
 #pragma GCC unroll 2
   for (int r = 0; r < kDepthwiseRows; ++r)
@@ -69,30 +98,31 @@ inline __attribute__((always_inline)) void depthwise_outputs(const DepthwiseRows
   }
   const Vec low = set1(t.low), high = set1(t.high);
   const bool plain = !t.bias && !t.residual;
+  const int64_t at = j * t.y_pixel + c;
+#pragma GCC unroll 2
+  for (int r = 0; r < kDepthwiseRows; ++r)
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      Vec& y = sum[r][p];
+      if (!plain) {
+        if (t.bias) y = add(y, load_lanes<TAIL>(t.bias + c, n));
+        if (t.residual && r < t.rows) y = add(y, load_lanes<TAIL>(t.residual + at + r * t.y_row + p * t.y_pixel, n));
+      }
+      y = clamp(y, low, high);
+    }
+  if (!TAIL && t.streaming) return stream_outputs<P>(sum, t, at, c / kLanes % kLineVectors, lines);
 #pragma GCC unroll 2
   for (int r = 0; r < kDepthwiseRows; ++r) {
     if (r == t.rows) return;
-    const int64_t at = r * t.y_row + j * t.y_pixel + c;
 #pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) {
-      Vec y = sum[r][p];
-      if (!plain) {
-        if (t.bias) y = add(y, load_lanes<TAIL>(t.bias + c, n));
-        if (t.residual) y = add(y, load_lanes<TAIL>(t.residual + at + p * t.y_pixel, n));
-      }
-      y = clamp(y, low, high);
-      if (!TAIL && t.streaming)
-        stream(t.y + at + p * t.y_pixel, y);
-      else
-        store_lanes<TAIL>(t.y + at + p * t.y_pixel, y, n);
-    }
+    for (int p = 0; p < P; ++p) store_lanes<TAIL>(t.y + at + r * t.y_row + p * t.y_pixel, sum[r][p], n);
   }
 }
 
 // Weight gradient: dw[a][b] += sum over the tile of dy[j] x[a][j + b]; the sums stay in cache.
 template <int S, int STEP, int P, bool TAIL>
 inline __attribute__((always_inline)) void depthwise_outputs(const DepthwiseWeightRows& t, int64_t j, int64_t c,
-                                                             int64_t n, float* dw) {
+                                                             int64_t n, float* dw, DepthwiseLines<P>&) {
   Vec dy[kDepthwiseRows][P];
 #pragma GCC unroll 2
   for (int r = 0; r < kDepthwiseRows; ++r)
@@ -122,12 +152,13 @@ inline __attribute__((always_inline)) void depthwise_outputs(const DepthwiseWeig
 template <int S, int STEP, int P, class Rows> void depthwise_tile(Rows& rows, int64_t j) {
   Rows t = rows;  // a copy that no store can change
   auto* w = t.w;
+  DepthwiseLines<P> lines{};
   int64_t c = 0;
   for (; c + kLanes <= t.channels; c += kLanes, w += t.kernel_rows * S * kLanes) {
-    depthwise_outputs<S, STEP, P, false>(t, j, c, kLanes, w);
+    depthwise_outputs<S, STEP, P, false>(t, j, c, kLanes, w, lines);
     for (auto& next : t.next) prefetch_next(next.at, P * next.floats);
   }
-  if (c < t.channels) depthwise_outputs<S, STEP, P, true>(t, j, c, t.channels - c, w);
+  if (c < t.channels) depthwise_outputs<S, STEP, P, true>(t, j, c, t.channels - c, w, lines);
   for (size_t i = 0; i < sizeof(t.next) / sizeof(t.next[0]); ++i) rows.next[i] = t.next[i];
 }
 
