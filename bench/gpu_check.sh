@@ -15,11 +15,19 @@ build=${BUILD_DIR:-build/gpu_check}
 export PYTHONPATH=$PWD/python:$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 FASTCONV_TEST_DEVICE=cuda
 export PATH=$PATH:/usr/local/cuda/bin
 
+budget=540 # seconds in all, less than the sum of the steps' limits
+[ "$mode" = EMULATED ] && budget=3600
+
 summary=()
 # step SECONDS NAME COMMAND...: its output goes to OUT/NAME.log; a failure does not stop the others
 step() {
-  local limit=$1 name=$2 began=$SECONDS code
+  local limit=$1 name=$2 began=$SECONDS left=$((budget - SECONDS)) code
   shift 2
+  if ((left <= 0)); then
+    summary+=("$(printf '%-22s FAILED   no time left' "$name")")
+    return 124
+  fi
+  ((left < limit)) && limit=$left
   printf '\n=== %s (%d s)\n' "$name" "$SECONDS"
   timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
   code=$?
