@@ -476,7 +476,7 @@ CONV_EXTREMES = [
     _C("rgb_dilated_rows", 1, 3, 13, 9, 20, 3, 3, padding=2, dilation=(3, 1)),
     _C("rgb_beside_the_caches", 1, 3, 128, 129, 32, 3, 3, padding=1),
     _C("1x1_beside_the_caches", 1, 5, 128, 129, 32, 1, 1),
-    # More blocks of pixels than partial sums of the weight gradient, both factors of which may be packed.
+    # More blocks of pixels than partial sums of the weight gradient; both factors are packed.
     _C("1x1_many_pixels", 1, 26, 60, 61, 41, 1, 1),
     _C("1x1_many_pixels_s2", 1, 41, 120, 61, 26, 1, 1, stride=(2, 1)),
     _C("two_channels_s2", 2, 2, 11, 10, 21, 3, 3, stride=2, padding=1),
