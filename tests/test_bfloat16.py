@@ -1,4 +1,5 @@
-"""bfloat16 in and out: the forward pass of 3x3, 5x5, 7x7, 1x7 and 7x1 convolutions at stride 1."""
+"""bfloat16 in and out: the forward pass of 3x3, 5x5, 7x7, 1x7 and 7x1 convolutions at stride 1, and
+of 3x3 at stride 2."""
 
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ CASES = [
     ConvCase("7x7", 1, 18, 9, 11, 33, 7, 7, padding=3),
     ConvCase("7x1", 2, 33, 12, 7, 24, 7, 1, padding=(3, 0)),
     ConvCase("dilated", 1, 32, 11, 10, 24, 3, 3, padding=2, dilation=2),
+    ConvCase("stride_2", 1, 33, 15, 19, 40, 3, 3, padding=1, stride=2),
 ]
 FEW = [
     ConvCase("one_channel", 2, 1, 6, 7, 1, 3, 3, padding=1),
@@ -159,7 +161,7 @@ def test_refused_with_what_is_supported():
     one_by_one = w[:, :, :1, :1].contiguous()
     for call in (
         lambda: fc.conv2d(x, one_by_one),
-        lambda: fc.conv2d(x, w, stride=2),
+        lambda: fc.conv2d(x, w, stride=3),
         lambda: fc.conv2d(x, w, padding=1, activation="silu"),
     ):
         with pytest.raises(TypeError, match="bfloat16"):
@@ -177,7 +179,7 @@ def test_refused_with_what_is_supported():
 def test_explain():
     shapes = CASES[0].x_shape, CASES[0].w_shape
     assert fc.explain("conv2d", *shapes, padding=1, dtype="bfloat16")[-1] == ("winograd", None)
-    refused = fc.explain("conv2d", *shapes, stride=2, dtype="bfloat16")
+    refused = fc.explain("conv2d", *shapes, stride=3, dtype="bfloat16")
     assert all(reason for _, reason in refused)
 
 

@@ -1,6 +1,6 @@
-"""Winograd F(4x4, 3x3), F(2x2, 5x5), F(3x3, 4x4) and F(3, 4) of kernels in parts and, on few
-channels, F(4, 3) along rows: sizes, channels, padding, dilation, data of any range, and what it may
-not touch."""
+"""Winograd F(4x4, 3x3), F(2x2, 5x5), F(3x3, 4x4) and F(3, 4) of kernels in parts, F(5x5, 2x2) of
+those at stride 2 and, on few channels, F(4, 3) along rows: sizes, channels, padding, dilation, data
+of any range, and what it may not touch."""
 
 from __future__ import annotations
 
@@ -71,6 +71,17 @@ def test_sizes_of_kernels_in_parts(size, isa):
             check(ConvCase(f"{r}x{s}", 1, 24, size, size, 25, r, s, padding=(r // 2, s // 2)))
 
 
+def strided(name: str, n: int, c: int, h: int, w: int, k: int, padding=1, groups: int = 1):
+    return ConvCase(name, n, c, h, w, k, 3, 3, 2, padding, groups=groups)
+
+
+@pytest.mark.parametrize("size", [8, 9, 10, *range(14, 25)])
+def test_sizes_at_stride_2(size, isa):
+    """Every mixture of tiles of 5 and 4, in all phases of the input gradient."""
+    check(strided("rows", 2, 32, size, 16, 33))
+    check(strided("columns", 1, 33, 18, size, 34))
+
+
 @pytest.mark.parametrize("channels", [16, 17, 24, 31, 32, 33, 40, 48, 63, 65])
 def test_channels(channels, isa):
     check(case3x3("c", 1, channels, 8, 7, 16))
@@ -127,6 +138,16 @@ CASES_DILATED = [
     ConvCase("dilated_5", 1, 130, 12, 13, 140, 3, 3, padding=5, dilation=5),
 ]
 
+CASES_STRIDED = [
+    strided("s2", 2, 40, 16, 17, 48),
+    strided("s2_valid", 1, 34, 11, 20, 32, 0),
+    strided("s2_four_sides", 1, 33, 8, 10, 36, ((0, 3), (4, 1))),
+    strided("s2_groups", 2, 66, 8, 18, 70, 1, 2),
+    strided("s2_large", 2, 130, 16, 18, 260),
+    strided("s2_large_groups", 3, 260, 16, 17, 280, 2, 2),
+    strided("s2_one_panel", 3, 600, 16, 18, 32),
+]
+
 CASES_ROWS = [
     case3x3("rows_rgb", 2, 3, 11, 18, 40),
     case3x3("rows_rgb_valid", 3, 3, 9, 9, 64, 0),
@@ -144,7 +165,11 @@ def test_rows_of_few_channels(width, isa):
     check(case3x3("width", 1, 2 + width % 3, 4, width, 18))
 
 
-@pytest.mark.parametrize("case", CASES + CASES_5X5 + CASES_7 + CASES_DILATED + CASES_ROWS, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    CASES + CASES_5X5 + CASES_7 + CASES_DILATED + CASES_STRIDED + CASES_ROWS,
+    ids=str,
+)
 def test_cases(case, isa):
     check(case)
 
@@ -157,6 +182,8 @@ def test_cases(case, isa):
         ConvCase("large_in_parts", 1, 1000, 26, 40, 100, 1, 7, padding=(0, 3)),
         ConvCase("small_in_parts", 8, 24, 8, 20, 40, 1, 7, padding=(0, 3)),
         ConvCase("7x7", 30, 16, 9, 8, 17, 7, 7, padding=3),
+        strided("s2_large", 16, 130, 40, 38, 140),
+        strided("s2_small", 8, 32, 56, 40, 40),
     ],
     ids=str,
 )
@@ -175,6 +202,9 @@ def test_channels_in_parts_change_no_bit(kernel, isa):
         assert_same_bits(fc.conv2d(x[:1], w, padding=kernel // 2), y[:1])
         assert_same_bits(fc.conv2d(x, channels_last(w), padding=kernel // 2), y)
         assert_same_bits(fc.PackedConv2d(w, padding=kernel // 2)(x), y)
+        if kernel == 3:
+            y = fc.conv2d(x, w, stride=2, padding=1)
+            assert_same_bits(fc.PackedConv2d(w, stride=2, padding=1)(x), y)
 
 
 def ranges(x: np.ndarray, kind: str) -> np.ndarray:
@@ -202,6 +232,7 @@ def test_ranges_of_data(kind, isa):
         CASES_5X5[4],
         *seven,
         CASES_DILATED[0],
+        CASES_STRIDED[0],
         *CASES_ROWS[:5:2],
     ):
         plain = conv_data(case)
@@ -232,6 +263,7 @@ def test_bias_residual_activation(isa):
         CASES_5X5[2],
         *CASES_7[2:9:3],
         CASES_DILATED[3],
+        *CASES_STRIDED[2:5:2],
         *CASES_ROWS[:4],
     )
     for case in filter(has_forward, cases):
@@ -271,6 +303,7 @@ def test_transposed_convolution_uses_it_too(kernel, dilation, isa):
         CASES_5X5[4],
         *CASES_7[3:12:2],
         *CASES_DILATED[3:6:2],
+        *CASES_STRIDED[2:6],
         CASES_ROWS[0],
         CASES_ROWS[6],
     ],
@@ -287,7 +320,7 @@ def test_threads_do_not_change_a_bit(case, isa):
 
 @pytest.mark.parametrize(
     "case",
-    [*CASES[1:8:2], *CASES_5X5[2:5:2], *CASES_7, *CASES_DILATED[3:], *CASES_ROWS],
+    [*CASES[1:8:2], *CASES_5X5[2:5:2], *CASES_7, *CASES_DILATED[3:], *CASES_STRIDED, *CASES_ROWS],
     ids=str,
 )
 @pytest.mark.parametrize("end", ["start", "end"])
@@ -375,7 +408,14 @@ def test_declines_with_a_reason():
     assert "small" in reason(24, 4, 24, 7, padding=3)
     for r, s in ((3, 7), (7, 3), (1, 5), (5, 1), (7, 2)):
         assert "7x7, 1x7" in reason(24, 9, 24, r, s, padding=(r // 2, s // 2))
-    assert "stride" in reason(16, 8, 16, stride=2)
+    assert "stride" in reason(16, 9, 16, stride=3)
+    assert "stride" in reason(32, 16, 32, 5, stride=2, padding=2)
+    assert "stride" in reason(32, 16, 32, stride=2, dilation=2)
+    assert "stride" in reason(32, 16, 32, stride=(1, 2), padding=1)
+    assert reason(32, 16, 32, stride=2, padding=1) is None
+    assert "channels" in reason(31, 16, 32, stride=2, padding=1)
+    assert "small" in reason(32, 14, 32, stride=2, padding=1)
+    assert "few tiles" in reason(128, 16, 256, stride=2, padding=1)
     assert "channels" in reason(15, 8, 16, padding=1)
     assert "channels" in reason(16, 8, 15, padding=1)
     assert "small" in reason(16, 2, 16, padding=1)

@@ -74,8 +74,7 @@ int64_t elements(const Shape& s) { return s[0] * s[1] * s[2] * s[3]; }
 void check_bfloat16(const Conv2dProblem& problem, const ForwardArguments& args, bool activation_is_clamp) {
   if (problem.dtype != DType::kBFloat16) return;
   const char* reason = winograd::supports(problem);
-  FC_CHECK_TYPE(reason == nullptr, "bfloat16 is supported by conv2d with 3x3 and 5x5 kernels at stride 1; here ",
-                reason, ": use float32");
+  FC_CHECK_TYPE(reason == nullptr, "bfloat16 is supported by conv2d where Winograd is; here ", reason, ": use float32");
   FC_CHECK_TYPE(activation_is_clamp, "with bfloat16, conv2d supports the activations None, 'relu' and 'relu6'");
   FC_CHECK_TYPE(args.scale == nullptr, "with bfloat16, conv2d has no scale of its weights");
 }

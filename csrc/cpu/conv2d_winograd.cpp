@@ -1,8 +1,13 @@
-// Fused Winograd at stride 1. 3x3 kernels: F(4x4, 3x3), with tiles of 3 where an image's size leaves a remainder. 5x5:
-// F(2x2, 5x5). 7x7: F(3x3, 4x4) of four parts of the kernel, whose products are summed as if the parts were further
-// channels. 1x7: F(3, 4) of two parts along the rows; 7x1 is taken as 1x7, with rows and columns exchanged. The pixels
-// that one tap of a dilated kernel reaches form a sub-grid of the image; each of these interleaved grids is treated as
-// an image of its own, whose strides are larger.
+// Fused Winograd. 3x3 kernels: F(4x4, 3x3), with tiles of 3 where an image's size leaves a remainder. 5x5: F(2x2, 5x5).
+// 7x7: F(3x3, 4x4) of four parts of the kernel, whose products are summed as if the parts were further channels. 1x7:
+// F(3, 4) of two parts along the rows; 7x1 is taken as 1x7, with rows and columns exchanged. The pixels that one tap of
+// a dilated kernel reaches form a sub-grid of the image; each of these interleaved grids is treated as an image of its
+// own, whose strides are larger.
+//
+// 3x3 at stride 2: the even taps of an axis see every second pixel, the odd one those between. F(5x5, 2x2) of these
+// four parts, with tiles of 4 at a remainder: 81 products for 16 outputs, where the direct engine has 144. The input
+// gradient has a convolution of stride 1 for each phase of the input's pixels, under 2x2, 2x1, 1x2 and 1x1 taps, with
+// as many products; the last is left to the direct engine.
 //
 // Tiles are evaluated at 36 positions (1x7: 6); at each position the tiles and the weights are multiplied as matrices
 // by the register tiles of the direct engine, and the products are turned back into pixels. The forward pass and the
@@ -40,16 +45,18 @@ using direct::WeightView;
 
 constexpr int64_t kSkew = 48;
 constexpr int64_t kMaxTaps = 7;   // an axis
-constexpr int64_t kPartStep = 3;  // taps from the first part of an axis to the second
+constexpr int64_t kPartStep = 3;  // taps from the first part of seven to the second
 constexpr int64_t kMaxParts = 4;  // of a kernel
 constexpr int64_t kStreamedFloats = 2 << 20;
-// Transformed weights of so many floats, of one part, are `small`: forward, and in the weight gradient, which adds to
+// Transformed weights of so many floats are `small`: forward, and in the weight gradient, which adds to
 // as many sums for every few tiles.
 constexpr int64_t kSmallWeights = kPositions * 128 * 128;
 constexpr int64_t kSmallGradients = kPositions * 64 * 128;
 // Floats of v that a thread keeps in L2 beside m and u (small); of v and d beside the sums of a weight gradient.
 constexpr int64_t kThreadFloats = 88 * 1024, kGradientFloats = 144 * 1024;
-constexpr int64_t kSharedFloats = 4 * 1024 * 1024;
+// Floats of v, and of d, that all threads share (large). A weight gradient has as many as so many times dw, from the
+// least on.
+constexpr int64_t kSharedFloats = 4 * 1024 * 1024, kLeastSharedFloats = 1024 * 1024, kGradientRatio = 8;
 // Tiles that pass the transformed weights of a panel at a time (large): a batch.
 constexpr int64_t kLargeTiles = 28;
 // Channels whose weights are transformed at a time where there are few batches, so that they and the products of the
@@ -62,13 +69,13 @@ constexpr int64_t kGradientBlocks = 4;
 // Parts of the tiles that a weight gradient sums apart (small), so that many cores find work.
 constexpr int64_t kGradientParts = 16;
 
-// An axis of outputs, and the taps in the order of the source: the first reads source pixel (output + first), the
-// others follow `dilation` apart. Outputs as far apart form the interleaved grids.
+// An axis of outputs, and the taps in the order of the source: the first reads source pixel (output * stride + first),
+// the others follow `dilation` apart. Outputs as far apart form the interleaved grids.
 //
 // Seven taps are two parts of four: taps 0 to 2 and a zero, which leaves nothing to multiply at infinity, and taps 3
-// on.
+// on. At stride 2 three taps are two parts of two: tap 1 and such a zero, and taps 0 and 2.
 struct Axis {
-  int64_t outputs, taps, first, dilation;
+  int64_t outputs, taps, stride, first, dilation;
   int64_t index[kMaxTaps];
   int64_t source;                                 // pixels
   int64_t source_step, output_step, weight_step;  // floats between neighbours
@@ -76,9 +83,10 @@ struct Axis {
   Axis(const AxisTaps& axis, int64_t source_pixels, int64_t floats, int64_t output_floats, int64_t weight_floats)
       : outputs(axis.outputs),
         taps(static_cast<int64_t>(axis.taps.size())),
+        stride(axis.step),
         source(source_pixels),
         source_step(floats),
-        output_step(output_floats),
+        output_step(axis.out_step * output_floats),
         weight_step(weight_floats) {
     const int64_t step = taps > 1 ? axis.taps[1].offset - axis.taps[0].offset : 1;
     for (int64_t i = 0; i < taps; ++i) index[i] = axis.taps[step > 0 ? i : taps - 1 - i].index;
@@ -89,8 +97,15 @@ struct Axis {
   int64_t grid_outputs() const { return ceil_divide(outputs, dilation); }  // of the first grids; of others one less
   int64_t larger_grids() const { return outputs % dilation > 0 ? outputs % dilation : dilation; }
   int64_t points() const { return taps == 1 ? 1 : kPoints; }
-  int64_t parts() const { return taps == 7 ? 2 : 1; }
-  int64_t part_taps(int64_t part) const { return parts() == 1 ? taps : kPartStep + part; }
+  int64_t parts() const { return taps == 7 || stride == 2 ? 2 : 1; }
+  int64_t part_taps(int64_t part) const { return parts() == 1 ? taps : taps / 2 + part; }
+  int64_t most_part_taps() const { return part_taps(parts() - 1); }
+  int64_t part_first(int64_t part) const { return stride == 2 ? 1 - part : kPartStep * part; }  // tap
+  int64_t part_step() const { return stride; }                    // from a tap of a part to the next
+  int64_t window_step() const { return dilation * part_step(); }  // pixels from a point of a window to the next
+  // Where the window of a part lies under a tile whose first output is this one.
+  int64_t window(int64_t output, int64_t part) const { return output * stride + first + part_first(part) * dilation; }
+  bool all_taps() const { return *std::max_element(index, index + taps) < taps; }             // of the kernel
   int64_t first_part(int64_t point) const { return point == kPoints - 1 ? parts() - 1 : 0; }  // that is not zero there
 };
 
@@ -102,6 +117,11 @@ struct Part {
   int64_t index, row, column;
 };
 
+// The first tap of a part, of all taps of the kernel.
+int64_t first_tap(const Axis& rows, const Axis& columns, Part part) {
+  return rows.part_first(part.row) * columns.taps + columns.part_first(part.column);
+}
+
 // Calls body(Part) for all parts that are not zero at a position; of position 0, for all there are.
 template <class Body> void for_parts(const Axis& rows, const Axis& columns, int64_t position, Body body) {
   for (int64_t row = rows.first_part(position / kPoints); row < rows.parts(); ++row)
@@ -110,32 +130,53 @@ template <class Body> void for_parts(const Axis& rows, const Axis& columns, int6
 }
 
 // The outputs of a grid cut along one axis into full tiles (6 points: 4 outputs under 3 taps, 2 under 5, 3 under parts
-// of 4; a single tap: 1 point), then tiles of 3 (5 points, only under 3 taps). The last tile may reach over the end.
+// of 4, 5 under 2 or parts of 2; a single tap: 1 point), then tiles of one output less (5 points, only under 3 taps and
+// 2). The last tile may reach over the end.
 struct Cut {
-  Filter filter;
-  int64_t full_tile, full, threes;
+  Filter filter, lesser;
+  int64_t parts, full, less;
 
-  Cut(int64_t outputs, int64_t taps)
-      : filter(filter_of(taps)), full_tile(outputs_of(filter)), full(ceil_divide(outputs, full_tile)), threes(0) {
-    if (taps != 3) return;
+  explicit Cut(const Axis& axis) : Cut(axis.grid_outputs(), axis.most_part_taps(), axis.parts()) {}
+  // taps: of the largest part.
+  Cut(int64_t outputs, int64_t taps, int64_t kernel_parts)
+      : filter(filter_of(taps)),
+        lesser(taps == 2 ? Filter::kF42 : Filter::kF33),
+        parts(kernel_parts),
+        full(ceil_divide(outputs, outputs_of(filter))),
+        less(0) {
+    if (taps != 3 && taps != 2) return;
     const int64_t most = full;
     for (int64_t f = most - 1; f >= 0 && most - f <= 4; --f) {
-      const int64_t t = ceil_divide(outputs - full_tile * f, 3);
-      if (6 * f + 5 * t < points()) full = f, threes = t;
+      const int64_t t = ceil_divide(outputs - outputs_of(filter) * f, outputs_of(lesser));
+      if (products_of(f, t) < products()) full = f, less = t;
     }
   }
   static Filter filter_of(int64_t taps) {
-    return taps == 1 ? Filter::kF11 : taps == 3 ? Filter::kF43 : taps == 5 ? Filter::kF25 : Filter::kF34;
+    switch (taps) {
+      case 1: return Filter::kF11;
+      case 2: return Filter::kF52;
+      case 3: return Filter::kF43;
+      case 4: return Filter::kF34;
+      default: return Filter::kF25;
+    }
   }
-  int64_t points() const { return points_of(filter) * full + 5 * threes; }
-  Filter tile(bool is_full) const { return is_full ? filter : Filter::kF33; }
-  int64_t tiles(bool is_full) const { return is_full ? full : threes; }
-  int64_t begin(bool is_full, int64_t i) const { return is_full ? full_tile * i : full_tile * full + 3 * i; }
+  // One a point, and one less than two under two parts.
+  int64_t products() const { return products_of(full, less); }
+  Filter tile(bool is_full) const { return is_full ? filter : lesser; }
+  int64_t tiles(bool is_full) const { return is_full ? full : less; }
+  int64_t begin(bool is_full, int64_t i) const {
+    return is_full ? outputs_of(filter) * i : outputs_of(filter) * full + outputs_of(lesser) * i;
+  }
+
+ private:
+  int64_t products_of(int64_t f, int64_t l) const {
+    return (parts * points_of(filter) - parts + 1) * f + (parts * points_of(lesser) - parts + 1) * l;
+  }
 };
 
 // All tiles of all grids of all images, ordered by class so that the tiles that have a position are neighbours:
-// (rows, columns) = (full, 3), (full, full), (3, full), (3, 3). Position (4, *) belongs to the first two, (*, 4) to the
-// middle two.
+// (rows, columns) = (full, less), (full, full), (less, full), (less, less). Position (4, *) belongs to the first two,
+// (*, 4) to the middle two.
 class Tiles {
  public:
   struct Tile {
@@ -145,10 +186,7 @@ class Tiles {
   };
 
   Tiles(int64_t images, const Axis& rows, const Axis& columns)
-      : row_axis_(rows),
-        column_axis_(columns),
-        rows_(rows.grid_outputs(), rows.taps),
-        columns_(columns.grid_outputs(), columns.taps) {
+      : row_axis_(rows), column_axis_(columns), rows_(rows), columns_(columns) {
     const int64_t grids = images * rows.grids() * columns.grids();
     for (int i = 0; i < 4; ++i)
       ends_[i] = (i ? ends_[i - 1] : 0) + grids * rows_.tiles(full_rows(i)) * columns_.tiles(full_columns(i));
@@ -189,6 +227,15 @@ class Tiles {
         y = 0, ++n;
       }
     }
+  }
+
+  // The points that some tile has and that are not zero of a part.
+  WantedPoints points(Part part) const {
+    const auto of = [](const Axis& axis, const Cut& cut, int64_t axis_part) {
+      const bool infinity = axis_part >= axis.first_part(kPoints - 1);
+      return kAllPoints & ~(cut.full > 0 ? 0u : 1u << 4) & ~(infinity ? 0u : 1u << 5);
+    };
+    return {of(row_axis_, rows_, part.row), of(column_axis_, columns_, part.column)};
   }
 
   // Of the tiles [begin, end), those that have this position.
@@ -241,18 +288,18 @@ template <class T>
 void transform_input(const T* x, const SourceImage& source, const Axis& rows, const Axis& columns, const Tiles& tiles,
                      Range mine, const Block& v) {
   WinogradInput<T> t{};
-  t.row = rows.dilation * rows.source_step, t.pixel = columns.dilation * columns.source_step;
+  t.row = rows.window_step() * rows.source_step, t.pixel = columns.window_step() * columns.source_step;
   t.channels = source.channels;
   t.block = kernel_parts(rows, columns) * v.size() * kBlock, t.position = v.position;
   tiles.each(mine, [&](int64_t i, const Tiles::Tile& tile) {
     t.tile = tile.size;
     for_parts(rows, columns, 0, [&](Part part) {
-      const int64_t row = tile.y + rows.first + part.row * kPartStep * rows.dilation;
-      const int64_t column = tile.x + columns.first + part.column * kPartStep * columns.dilation;
+      const int64_t row = rows.window(tile.y, part.row), column = columns.window(tile.x, part.column);
       t.x = x + tile.n * source.h * source.w * source.pixel + row * rows.source_step + column * columns.source_step +
             source.first_channel;
-      t.rows_in = inside(row, rows.dilation, rows.source);
-      t.columns_in = inside(column, columns.dilation, columns.source);
+      t.points = tiles.points(part);
+      t.rows_in = inside(row, rows.window_step(), rows.source);
+      t.columns_in = inside(column, columns.window_step(), columns.source);
       const bool more = tile.columns > outputs_of(tile.size.columns);
       t.next = more ? kPoints * t.pixel : outputs_of(tile.size.rows) * t.row - column * columns.source_step;
       t.v = v.data + (part.index * v.size() + i - v.tiles.begin) * kBlock;
@@ -264,7 +311,7 @@ void transform_input(const T* x, const SourceImage& source, const Axis& rows, co
 // Channels whose weights are packed at a time: whole cache lines side by side, for the memory's sake, while all taps
 // stay in L2.
 constexpr int64_t kChannelsOf3 = 4 * kBlock, kChannelsOfMore = kBlock;
-int64_t channels_at_once(const Axis& columns) { return columns.taps == 3 ? kChannelsOf3 : kChannelsOfMore; }
+int64_t channels_at_once(const Axis& columns) { return columns.taps <= 3 ? kChannelsOf3 : kChannelsOfMore; }
 // Floats from one tap to the next; without the line between them all taps would share a set of L1.
 int64_t packed_tap(const Axis& columns, int64_t width) { return channels_at_once(columns) * width + kBlock; }
 // Floats of a panel's channels before c, the first of those packed at a time.
@@ -286,7 +333,8 @@ void pack_taps(const T* weights, const WeightView& w, const Axis& rows, const Ax
   const auto from = [&](int64_t i) {
     return rows.index[i / columns.taps] * rows.weight_step + columns.index[i % columns.taps] * columns.weight_step;
   };
-  if (columns.weight_step == 1 && (rows.taps == 1 || rows.weight_step == columns.taps)) {  // side by side in memory
+  const bool adjacent = columns.weight_step == 1 && (rows.taps == 1 || rows.weight_step == columns.taps);
+  if (adjacent && rows.all_taps() && columns.all_taps()) {  // side by side in memory
     int64_t places[kMaxTaps * kMaxTaps];
     for (int64_t i = 0; i < taps; ++i) places[from(i)] = i * tap;
     pack.pack_taps(src, w.out, w.in, taps, panels.channels(panel), count, width, places, to);
@@ -305,15 +353,22 @@ void pack_taps(const T* weights, const WeightView& w, const Axis& rows, const Ax
 
 // Which of the kernels of winograd.weights.
 int taps_kind(const Axis& rows, const Axis& columns) {
-  return columns.taps == 3 ? 0 : columns.taps == 5 ? 1 : rows.taps == 7 ? 2 : 3;
+  const bool along_one = rows.taps == 1;
+  switch (columns.most_part_taps()) {
+    case 3: return 0;
+    case 5: return 1;
+    case 4: return along_one ? 3 : 2;
+    default: return along_one ? 5 : 4;
+  }
 }
 
 // u of some channels of one panel. packed: all its channels as pack_taps leaves them, or null.
 template <class T>
-void transform_weights(const T* weights, const WeightView& w, const Axis& rows, const Axis& columns,
+void transform_weights(const T* weights, const WeightView& w, const Axis& rows, const Axis& columns, const Tiles& tiles,
                        const Panels& panels, int64_t g, int64_t panel, Range channels, float* u, int64_t position,
                        const float* packed = nullptr) {
   const int64_t at_once = channels_at_once(columns), taps = rows.taps * columns.taps;
+  const int64_t parts = kernel_parts(rows, columns);
   const int64_t width = panels.width(panel), tap = packed_tap(columns, width);
   Buffer own;  // more than the stack of a thread may hold
   if (!packed) own = Buffer(taps * tap * sizeof(float));
@@ -321,16 +376,19 @@ void transform_weights(const T* weights, const WeightView& w, const Axis& rows, 
     const int64_t count = std::min(at_once, channels.end - c);
     if (!packed) pack_taps(weights, w, rows, columns, panels, g, panel, c, count, own.as<float>());
     const float* from = packed ? packed + packed_channels(rows, columns, c, width) : own.as<float>();
-    for_parts(rows, columns, 0, [&](Part part) {
-      WinogradWeights t{};
-      t.w = from + (part.row * columns.taps + part.column) * kPartStep * tap;
-      t.row = columns.taps * tap, t.column = tap;
-      t.rows = rows.part_taps(part.row), t.columns = columns.part_taps(part.column);
-      t.floats = count * width;
-      t.u = u + ((c - channels.begin) * kernel_parts(rows, columns) + part.index * count) * width,
-      t.position = position;
-      kernels().winograd.weights[taps_kind(rows, columns)](t);
-    });
+    const int64_t block = parts == 1 ? count : std::min(kBlock, count);
+    for (int64_t b = 0; b < count; b += block)
+      for_parts(rows, columns, 0, [&](Part part) {
+        WinogradWeights t{};
+        const int64_t here = std::min(block, count - b);
+        t.w = from + first_tap(rows, columns, part) * tap + b * width;
+        t.row = rows.part_step() * columns.taps * tap, t.column = columns.part_step() * tap;
+        t.rows = rows.part_taps(part.row), t.columns = columns.part_taps(part.column);
+        t.floats = here * width;
+        t.u = u + ((c - channels.begin + b) * parts + part.index * here) * width, t.position = position;
+        t.points = tiles.points(part);
+        kernels().winograd.weights[taps_kind(rows, columns)](t);
+      });
   }
 }
 
@@ -443,7 +501,7 @@ void run_small(const DirectProblem& d, const Arrays<T>& a, const Tiles& tiles, c
   if (d.cache)
     kept.emplace(d.cache, "winograd", d.groups * panels.count() * u_panel, [&](float* u) {
       parallel_for(d.groups * panels.count(), [&](int64_t i, int) {
-        transform_weights(a.w, d.w, rows, columns, panels, i / panels.count(), i % panels.count(), {0, channels},
+        transform_weights(a.w, d.w, rows, columns, tiles, panels, i / panels.count(), i % panels.count(), {0, channels},
                           u + i * u_panel, u_position);
       });
     });
@@ -472,7 +530,7 @@ void run_small(const DirectProblem& d, const Arrays<T>& a, const Tiles& tiles, c
         const float* u = kept ? kept->data() + g * weight_floats : weights.as<float>() + thread * weight_floats;
         if (!kept && std::exchange(transformed[thread], g) != g)
           for (int64_t panel = 0; panel < panels.count(); ++panel)
-            transform_weights(a.w, d.w, rows, columns, panels, g, panel, {0, channels},
+            transform_weights(a.w, d.w, rows, columns, tiles, panels, g, panel, {0, channels},
                               weights.as<float>() + thread * weight_floats + panel * u_panel, u_position);
         const Block v{own, mine, v_position}, m{own + position_count * v_position, mine, m_position};
         transform_input(a.x, group_source(d.source, g), rows, columns, tiles, mine, v);
@@ -535,7 +593,7 @@ void run_large(const DirectProblem& d, const Arrays<T>& a, const Tiles& tiles, c
           const float* weights = packed ? packed->data() + (g * panels.count() + panel) * packed_panel : nullptr;
           for (int64_t c = 0; c < channels; c += step) {
             const Range some{c, std::min(channels, c + step)};
-            transform_weights(a.w, d.w, rows, columns, panels, g, panel, some, u, u_position, weights);
+            transform_weights(a.w, d.w, rows, columns, tiles, panels, g, panel, some, u, u_position, weights);
             Fetch fetch{in_parts};
             if (weights && some.end < channels)
               fetch.weights = weights + packed_channels(rows, columns, some.end, width),
@@ -553,16 +611,17 @@ void run_large(const DirectProblem& d, const Arrays<T>& a, const Tiles& tiles, c
   }
 }
 
-template <class T> void convolve(DirectProblem d, const Arrays<T>& a) {
+template <class T> void convolve(DirectProblem d, Arrays<T> a) {
   const auto& k = kernels().conv2d;
   const Panels panels{d.outs, k.tile_k, k.lanes};
   Axis rows(d.rows, d.source.h, d.source.w * d.source.pixel, d.y_w * d.y_pixel, d.w.row);
   Axis columns(d.columns, d.source.w, d.source.pixel, d.y_pixel, d.w.column);
   if (columns.taps == 1) std::swap(rows, columns);
   const Tiles tiles(d.images, rows, columns);
+  a.y += d.output_offset(d.rows, d.columns, 0, 0, 0);
   // The next layer reads y at once: it goes around the caches only where it would not stay in them.
   d.streaming = worth_streaming(d.images * d.y_h * d.y_w, d.y_pixel, kStreamedFloats) && d.outs % k.lanes == 0;
-  if (positions(rows, columns) * d.source.channels * d.outs <= kSmallWeights)
+  if (positions(rows, columns) * kernel_parts(rows, columns) * d.source.channels * d.outs <= kSmallWeights)
     run_small(d, a, tiles, rows, columns, panels);
   else
     run_large(d, a, tiles, rows, columns, panels);
@@ -605,14 +664,13 @@ void add_products(const Axis& rows, const Axis& columns, const Tiles& tiles, con
   for (int64_t p = 0; p < positions(rows, columns); ++p) {
     const Range here = tiles.at(p, v.tiles);
     const int64_t parts = ceil_divide(here.end - here.begin, kGradientTiles);
-    // A position that no tile has, or a part that is zero there, is read all the same.
-    const bool clear = !add && (parts == 0 || kernel_parts(rows, columns) > 1);
-    if (clear) std::fill_n(acc + p * acc_position, sums, 0.0f);
+    // Where only tiles of other sections have a position, its sums are read all the same.
+    if (parts == 0 && !add) std::fill_n(acc + p * acc_position, sums, 0.0f);
     for (int64_t i = 0; i < parts; ++i) {
       const Range part = split(here.end - here.begin, parts, i);
       const int64_t first = here.begin - v.tiles.begin + part.begin;
       t.columns = part.end - part.begin;
-      t.add = add || clear || i > 0;
+      t.add = add || i > 0;
       t.dy = d.data + p * d.position + panel * panels.tile_k * d.size() + first * width;
       for_parts(rows, columns, p, [&](Part of) {
         for (int64_t b = blocks.begin; b < blocks.end; ++b) {
@@ -627,18 +685,19 @@ void add_products(const Axis& rows, const Axis& columns, const Tiles& tiles, con
   }
 }
 
-// dw[block][tap][kBlock][width] from acc[position][part][block][kBlock][width], of one panel. What the first of two
-// parts makes of the tap it does not have, the second, which begins with that tap, writes over.
-void transform_weight_gradient(const Axis& rows, const Axis& columns, const float* acc, int64_t position,
-                               int64_t blocks, int64_t width, float* dw) {
+// dw[block][tap][kBlock][width] from acc[position][part][block][kBlock][width], of one panel.
+void transform_weight_gradient(const Axis& rows, const Axis& columns, const Tiles& tiles, const float* acc,
+                               int64_t position, int64_t blocks, int64_t width, float* dw) {
   WinogradWeightGradient t{};
   t.position = position;
   t.floats = kBlock * width;
-  t.row = columns.taps * t.floats, t.column = t.floats;
+  t.row = rows.part_step() * columns.taps * t.floats, t.column = columns.part_step() * t.floats;
   for (int64_t b = 0; b < blocks; ++b)
     for_parts(rows, columns, 0, [&](Part part) {
       t.m = acc + (part.index * blocks + b) * t.floats;
-      t.dw = dw + b * rows.taps * t.row + kPartStep * (part.row * t.row + part.column * t.column);
+      t.dw = dw + (b * rows.taps * columns.taps + first_tap(rows, columns, part)) * t.floats;
+      t.rows = rows.part_taps(part.row), t.columns = columns.part_taps(part.column);
+      t.points = tiles.points(part);
       kernels().winograd.weight_gradient[taps_kind(rows, columns)](t);
     });
 }
@@ -679,7 +738,8 @@ void run_small(const WeightGradientProblem& a, const Tiles& tiles, const Axis& r
         }
         for (int64_t panel = 0; panel < panels.count(); ++panel) {
           float* sum = sums.as<float>() + (part * slots + g * panels.count() + panel) * slot_floats;
-          transform_weight_gradient(rows, columns, m + panel * m_panel, m_position, blocks, panels.width(panel), sum);
+          transform_weight_gradient(rows, columns, tiles, m + panel * m_panel, m_position, blocks, panels.width(panel),
+                                    sum);
         }
       },
       threads);
@@ -695,8 +755,11 @@ void run_large(const WeightGradientProblem& a, const Tiles& tiles, const Axis& r
       std::max<int64_t>(kPositions * kGradientBlocks / (position_count * kernel_parts(rows, columns)), 1);
   const int64_t channels = a.source.channels, blocks = ceil_divide(channels, kBlock);
   const int64_t block_parts = ceil_divide(blocks, at_once), outs = panels.count() * panels.tile_k;
+  // v and d leave room in the third-level cache, but between sections so few that adding to dw is little of the work.
+  const int64_t shared_floats =
+      std::clamp(kGradientRatio * rows.taps * columns.taps * channels * a.outs, kLeastSharedFloats, kSharedFloats);
   const int64_t fit =
-      std::max<int64_t>(kSharedFloats / (position_count * (kernel_parts(rows, columns) * blocks * kBlock + outs)), 64);
+      std::max<int64_t>(shared_floats / (position_count * (kernel_parts(rows, columns) * blocks * kBlock + outs)), 64);
   const int64_t sections = ceil_divide(tiles.count(), fit), size = ceil_divide(tiles.count(), sections);
   const int64_t v_position = input_position(rows, columns, channels, size), d_position = outs * size + kSkew;
   const int64_t m_position = kernel_parts(rows, columns) * at_once * kBlock * panels.tile_k + kSkew;
@@ -727,7 +790,8 @@ void run_large(const WeightGradientProblem& a, const Tiles& tiles, const Axis& r
             float* const dw = m + position_count * m_position;
             float* const sum = sums.as<float>() + (panel * blocks + mine.begin) * block_floats;
             add_products(rows, columns, tiles, v, d, mine, channels, panels, panel, false, m, m_position);
-            transform_weight_gradient(rows, columns, m, m_position, mine.end - mine.begin, panels.width(panel), dw);
+            transform_weight_gradient(rows, columns, tiles, m, m_position, mine.end - mine.begin, panels.width(panel),
+                                      dw);
             if (section > 0)
               for (int64_t j = 0; j < floats; ++j) dw[j] = sum[j] + dw[j];
             if (section + 1 == sections)
@@ -747,40 +811,50 @@ void differentiate(const WeightGradientProblem& a) {
   Axis columns(a.columns, a.source.w, a.source.pixel, pixel, a.dw.column);
   if (columns.taps == 1) std::swap(rows, columns);
   const Tiles tiles(a.images, rows, columns);
-  if (positions(rows, columns) * a.source.channels * a.outs <= kSmallGradients)
+  if (positions(rows, columns) * kernel_parts(rows, columns) * a.source.channels * a.outs <= kSmallGradients)
     run_small(a, tiles, rows, columns, panels);
   else
     run_large(a, tiles, rows, columns, panels);
 }
 
-// Multiplications along an axis of outputs, in all its grids: one a point, and one less than two under two parts.
-double axis_products(int64_t outputs, int64_t taps, int64_t dilation) {
-  if (taps == 1) return static_cast<double>(outputs);
-  const Cut cut(ceil_divide(outputs, dilation), taps);
-  const int64_t second_part = taps == 7 ? (kPoints - 1) * cut.full : 0;
-  return static_cast<double>(cut.points() + second_part) * std::min(dilation, outputs);
+// Multiplications along an axis of outputs, in all its grids.
+double axis_products(const AxisTaps& taps) {
+  const Axis axis(taps, 0, 0, 0, 0);
+  return static_cast<double>(Cut(axis).products() * axis.grids());
 }
 
 // What transforming an element of large weights, in every call, costs in multiplications: 512 -> 512 channels take one
 // image of 4 x 4 in 0.95 ms on one core of Zen 4 by the direct engine, where these are 108, and 1.5 ms by Winograd; two
-// images in 1.7 and 1.5 ms.
-constexpr double kWeightTransform = 160;
+// images in 1.7 and 1.5 ms. At stride 2, 128 -> 256 channels, one image of 16 x 16 takes 0.44 and 0.67 ms, and 256 ->
+// 512, two of them, 4.7 and 3.9.
+constexpr double kWeightTransform = 160, kPartsTransform = 400;
 
-const char* supports_outputs(const Conv2dProblem& a, int64_t rows, int64_t columns) {
+// axes: of the outputs' rows and columns; of an input gradient one for each phase of the stride.
+const char* supports_outputs(const Conv2dProblem& a, const std::vector<AxisTaps>& row_axes,
+                             const std::vector<AxisTaps>& column_axes) {
   if (strict_precision()) return "strict precision";
   const bool along_one = a.r * a.s == 7;  // 7x1 or 1x7
   if (!along_one && (a.r != a.s || (a.r != 3 && a.r != 5 && a.r != 7)))
     return "the kernel is none of 3x3, 5x5, 7x7, 1x7, 7x1";
-  if (a.stride_h != 1 || a.stride_w != 1) return "the stride is not 1";
+  const bool strided = a.stride_h == 2 && a.stride_w == 2 && a.r == 3 && a.dilation_h == 1 && a.dilation_w == 1;
+  if (!strided && (a.stride_h != 1 || a.stride_w != 1))
+    return "the stride is neither 1 nor, of a 3x3 kernel without dilation, 2";
   if (a.dtype == DType::kBFloat16) return a.empty() ? "there are no channels" : nullptr;  // nothing else takes it
-  // Along one axis a transform saves fewer multiplications, but costs less, too.
-  if (std::min(a.cg(), a.kg()) < (along_one ? 24 : 16)) return "too few channels to repay the transforms";
-  const double products = axis_products(rows, a.r, a.dilation_h) * axis_products(columns, a.s, a.dilation_w);
-  if (products > (along_one ? 2.0 / 3 : 5.0 / 9) * a.r * a.s * rows * columns)
-    return "the image is too small for tiles";
+  // Along one axis a transform saves fewer multiplications, but costs less, too; that of parts costs more.
+  if (std::min(a.cg(), a.kg()) < (strided ? 32 : along_one ? 24 : 16))
+    return "too few channels to repay the transforms";
+  const auto sum = [](const std::vector<AxisTaps>& axes, auto products_of) {
+    double products = 0;
+    for (const AxisTaps& axis : axes) products += products_of(axis);
+    return products;
+  };
+  const auto plain = [](const AxisTaps& axis) { return static_cast<double>(axis.outputs * axis.taps.size()); };
+  const double products = sum(row_axes, axis_products) * sum(column_axes, axis_products);
+  const double plain_products = sum(row_axes, plain) * sum(column_axes, plain);
+  if (products > (along_one || strided ? 2.0 / 3 : 5.0 / 9) * plain_products) return "the image is too small for tiles";
   const int64_t position_count = along_one ? kPoints : kPositions;
   if (position_count * a.cg() * a.kg() > kSmallWeights &&
-      a.n * (a.r * a.s * rows * columns - products) < kWeightTransform)
+      a.n * (plain_products - products) < (strided ? kPartsTransform : kWeightTransform))
     return "too few tiles to repay transforming the weights";
   return direct::supports(a);
 }
@@ -807,8 +881,14 @@ template <class T> void forward_as(const Conv2dProblem& a, const ForwardArgument
 
 }  // namespace
 
-const char* supports(const Conv2dProblem& a) { return supports_outputs(a, a.p, a.q); }
-const char* supports_backward_input(const Conv2dProblem& a) { return supports_outputs(a, a.h, a.w); }
+const char* supports(const Conv2dProblem& a) {
+  return supports_outputs(a, {forward_axis(a.p, a.r, a.stride_h, a.pad_top, a.dilation_h)},
+                          {forward_axis(a.q, a.s, a.stride_w, a.pad_left, a.dilation_w)});
+}
+const char* supports_backward_input(const Conv2dProblem& a) {
+  return supports_outputs(a, backward_axes(a.h, a.r, a.stride_h, a.pad_top, a.dilation_h),
+                          backward_axes(a.w, a.s, a.stride_w, a.pad_left, a.dilation_w));
+}
 
 void forward(const Conv2dProblem& a, const ForwardArguments& args) {
   const ThreadLimit limit(threads_worth(a));
@@ -817,9 +897,15 @@ void forward(const Conv2dProblem& a, const ForwardArguments& args) {
 
 void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) {
   const ThreadLimit limit(threads_worth(a));
-  const DirectProblem d = direct::backward_problem(a, args, backward_axes(a.h, a.r, 1, a.pad_top, a.dilation_h)[0],
-                                                   backward_axes(a.w, a.s, 1, a.pad_left, a.dilation_w)[0]);
-  convolve<float>(d, {d.source.data, d.w.data, nullptr, d.y});
+  const auto columns = backward_axes(a.w, a.s, a.stride_w, a.pad_left, a.dilation_w);
+  for (const AxisTaps& row : backward_axes(a.h, a.r, a.stride_h, a.pad_top, a.dilation_h))
+    for (const AxisTaps& column : columns) {
+      const DirectProblem d = direct::backward_problem(a, args, row, column);
+      if (row.taps.size() * column.taps.size() == 1)
+        direct::run(d);
+      else
+        convolve<float>(d, {d.source.data, d.w.data, nullptr, d.y});
+    }
 }
 
 void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args) {

@@ -1,9 +1,10 @@
-// The transforms of Winograd's minimal filtering F(4x4, 3x3), F(3x3, 3x3), F(2x2, 5x5), F(3x3, 4x4) and F(1x3, 1x4).
-// The products between them are those of the direct engine (DirectTile, WeightTile).
+// The transforms of Winograd's minimal filtering F(4x4, 3x3), F(3x3, 3x3), F(2x2, 5x5), F(3x3, 4x4), F(5x5, 2x2),
+// F(4x4, 2x2), and of F(3, 4), F(5, 2) and F(4, 2) along one axis. The products between them are those of the direct
+// engine (DirectTile, WeightTile).
 //
-// An axis of a tile is evaluated at six points, under F(3, 3) at five, which leaves out point 4, and under F(1, 1) at
-// one; a position is a pair of points, row * 6 + column. `position` is the distance in floats between neighbouring
-// positions of an array.
+// An axis of a tile is evaluated at six points, under F(3, 3) and F(4, 2) at five, which leave out point 4, and under
+// F(1, 1) at one; a position is a pair of points, row * 6 + column. `position` is the distance in floats between
+// neighbouring positions of an array.
 #pragma once
 
 #include <cstdint>
@@ -17,13 +18,31 @@ constexpr int64_t kPoints = 6;
 constexpr int64_t kPositions = kPoints * kPoints;
 
 // F(outputs, taps) of an axis.
-enum class Filter { kF43, kF33, kF25, kF34, kF11 };
+enum class Filter { kF43, kF33, kF25, kF34, kF52, kF42, kF11 };
 constexpr int64_t outputs_of(Filter f) {
-  return f == Filter::kF43 ? 4 : f == Filter::kF25 ? 2 : f == Filter::kF11 ? 1 : 3;
+  switch (f) {
+    case Filter::kF52: return 5;
+    case Filter::kF43:
+    case Filter::kF42: return 4;
+    case Filter::kF33:
+    case Filter::kF34: return 3;
+    case Filter::kF25: return 2;
+    case Filter::kF11: break;
+  }
+  return 1;
 }
-constexpr int64_t points_of(Filter f) { return f == Filter::kF33 ? 5 : f == Filter::kF11 ? 1 : kPoints; }
+constexpr int64_t points_of(Filter f) {
+  return f == Filter::kF33 || f == Filter::kF42 ? kPoints - 1 : f == Filter::kF11 ? 1 : kPoints;
+}
 
-// The pairs there are: each of the first two with each, each of the next two with itself, F(1, 1) with F(3, 4).
+// Points of an axis that are wanted: bit i is point i.
+constexpr uint32_t kAllPoints = (1u << kPoints) - 1;
+struct WantedPoints {
+  uint32_t rows = kAllPoints, columns = kAllPoints;
+};
+
+// The pairs there are: F(4, 3) and F(3, 3) with each of the two; so F(5, 2) and F(4, 2); F(2, 5) and F(3, 4) each with
+// itself; F(1, 1) with F(3, 4), F(5, 2) and F(4, 2).
 struct WinogradTile {
   Filter rows, columns;
 };
@@ -32,6 +51,7 @@ struct WinogradTile {
 // type that x is stored in.
 template <class T> struct WinogradInput {
   WinogradTile tile;
+  WantedPoints points;           // infinity may not be wanted, the others of the tile are
   const T* x;                    // first pixel of the window, which may lie outside the image
   int64_t row, pixel;            // strides of x, from one row (column) of the window to the next
   uint32_t rows_in, columns_in;  // bit i: row (column) i of the window lies inside the image
@@ -73,18 +93,21 @@ template <class T> struct WinogradOutput {
 struct WinogradWeights {
   const float* w;
   int64_t row, column;
-  int64_t rows, columns;  // taps; of four the last may be missing, and is then zero
+  int64_t rows, columns;  // taps; of four and of two the last may be missing, and is then zero
   int64_t floats;
   float* u;
   int64_t position;
+  WantedPoints points;
 };
 
-// dw[r * row + s * column + i] = the gradient of m[position][i], of all taps.
+// dw[r * row + s * column + i] = the gradient of m[position][i], of the taps that are there.
 struct WinogradWeightGradient {
   const float* m;
   int64_t position, floats;
   float* dw;
   int64_t row, column;
+  int64_t rows, columns;  // as in WinogradWeights
+  WantedPoints points;    // of m; others count as zero and are not read
 };
 
 // F(4, 3) along the rows of images of few channels; rows of the kernel and channels are summed as they are. A tile is
@@ -128,9 +151,9 @@ struct WinogradKernels {
   WinogradTransforms<float> f32;
   WinogradTransforms<BFloat16> bf16;
   void (*gradient)(const WinogradGradient&);
-  // Of kernels of 3x3, 5x5, 4x4 and 1x4 taps.
-  void (*weights[4])(const WinogradWeights&);
-  void (*weight_gradient[4])(const WinogradWeightGradient&);
+  // Of kernels of 3x3, 5x5, 4x4, 1x4, 2x2 and 1x2 taps.
+  void (*weights[6])(const WinogradWeights&);
+  void (*weight_gradient[5])(const WinogradWeightGradient&);  // not of the last
 
   int64_t row_outputs;  // of the tiles whose sums fit the registers
   bool row_tiles_pay;   // against the sums of a plain convolution

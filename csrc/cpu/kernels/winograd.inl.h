@@ -5,10 +5,11 @@
 //   (G g)_p  = sum_j g_j p^j / N_p,  N_p = product over q in P, q != p of (p - q);   infinity: the last g
 //   (B' d)_p = the coefficients of the product over q != p of (x - q), applied to d; infinity: product over all q
 //   y_k      = sum_p p^k m_p;                                                        infinity: added to the last y
-// Tiles of 3 outputs use the points without -b. Their B' is scaled by p + b, the factor of N_p that is then missing, so
-// that they share the transformed weights of the 4-tiles; row p of it is (p + b) times the product over q of (x - q).
-// The weight gradient is the same bilinear form with dy in the place of g; 1/N_p then stands in the inverse.
-// F(2, 5) and F(3, 4) have the same points and windows, so only what belongs to outputs and taps differs from F(4, 3).
+// Tiles of five points, F(3, 3) and F(4, 2), use those without -b. Their B' is scaled by p + b, the factor of N_p that
+// is then missing, so that they share the transformed weights of F(4, 3) and F(5, 2); row p of it is (p + b) times the
+// product over q of (x - q). The weight gradient is the same bilinear form with dy in the place of g; 1/N_p then stands
+// in the inverse. F(2, 5), F(3, 4) and F(5, 2) have the same points and windows, so only what belongs to outputs and
+// taps differs from F(4, 3).
 #pragma once
 
 #include "cpu/kernels/conv2d.inl.h"
@@ -33,6 +34,9 @@ template <class V> inline V scaled_add(double a, V b, V c) {
 
 // Where the i-th of so many points stands among the six.
 template <int POINTS> constexpr int point(int i) { return POINTS != 5 || i < 4 ? i : 5; }
+
+inline bool wants(uint32_t points, int i) { return (points >> i & 1) != 0; }
+inline bool wants_last(uint32_t points) { return wants(points, kPoints - 1); }
 
 // B': the pixels d[0], d[step], ... of a window at its points.
 template <int POINTS, class V> inline __attribute__((always_inline)) void input_points(const V* d, int step, V* o) {
@@ -67,11 +71,16 @@ template <Filter F> inline __attribute__((always_inline)) void output_pixels(con
     return;
   }
   const Vec m1 = m[step], m2 = m[2 * step], sum = m1 + m2, difference = m1 - m2;
-  if constexpr (F == Filter::kF33) {
-    const Vec m3 = m[3 * step];
+  if constexpr (points_of(F) == 5) {
+    const Vec m3 = m[3 * step], last = m[4 * step];
     y[0] = m[0] + sum + m3;
     y[1] = scaled_add(kA, difference, scaled(kB, m3));
-    y[2] = scaled_add(kA2, sum, scaled_add(kB2, m3, m[4 * step]));
+    if constexpr (F == Filter::kF33) {
+      y[2] = scaled_add(kA2, sum, scaled_add(kB2, m3, last));
+    } else {
+      y[2] = scaled_add(kA2, sum, scaled(kB2, m3));
+      y[3] = scaled_add(kA * kA2, difference, scaled_add(kB * kB2, m3, last));
+    }
     return;
   }
   const Vec m3 = m[3 * step], m4 = m[4 * step], sum_b = m3 + m4, difference_b = m3 - m4, last = m[5 * step];
@@ -84,7 +93,12 @@ template <Filter F> inline __attribute__((always_inline)) void output_pixels(con
       y[2] = scaled_add(kB2, sum_b, scaled_add(kA2, sum, last));
     } else {
       y[2] = scaled_add(kB2, sum_b, scaled(kA2, sum));
-      y[3] = scaled_add(kB * kB2, difference_b, scaled_add(kA * kA2, difference, last));
+      if constexpr (F == Filter::kF43) {
+        y[3] = scaled_add(kB * kB2, difference_b, scaled_add(kA * kA2, difference, last));
+      } else {
+        y[3] = scaled_add(kB * kB2, difference_b, scaled(kA * kA2, difference));
+        y[4] = scaled_add(kB2 * kB2, sum_b, scaled_add(kA2 * kA2, sum, last));
+      }
     }
   }
 }
@@ -101,13 +115,15 @@ template <Filter F> inline __attribute__((always_inline)) void gradient_points(c
     o[4] = scaled_add(-kB, g1, g0);
     o[5] = g1;
   } else {
-    const Vec g2 = g[2 * step], e = scaled_add(kA2, g2, g0), even = scaled_add(kB2, g2, g0);
-    Vec f = g1, odd = g1;
-    if constexpr (F == Filter::kF43) f = scaled_add(kA2, g[3 * step], g1), odd = scaled_add(kB2, g[3 * step], g1);
+    const Vec g2 = g[2 * step];
+    Vec e = scaled_add(kA2, g2, g0), even = scaled_add(kB2, g2, g0), f = g1, odd = g1;
+    if constexpr (outputs_of(F) > 3) f = scaled_add(kA2, g[3 * step], g1), odd = scaled_add(kB2, g[3 * step], g1);
+    if constexpr (outputs_of(F) > 4)
+      e = scaled_add(kA2 * kA2, g[4 * step], e), even = scaled_add(kB2 * kB2, g[4 * step], even);
     o[1] = scaled_add(kA, f, e);
     o[2] = scaled_add(-kA, f, e);
     o[3] = scaled_add(kB, odd, even);
-    if constexpr (F != Filter::kF33) o[4] = scaled_add(-kB, odd, even);
+    if constexpr (points_of(F) == 6) o[4] = scaled_add(-kB, odd, even);
     o[points_of(F) - 1] = g[(outputs_of(F) - 1) * step];
   }
 }
@@ -116,9 +132,13 @@ template <Filter F> inline __attribute__((always_inline)) void gradient_points(c
 template <int TAPS> inline __attribute__((always_inline)) void weight_points(const Vec* g, int step, Vec* o) {
   o[0] = g[0];
   if constexpr (TAPS == 1) return;
-  const Vec g0 = g[0], g1 = g[step], g2 = g[2 * step];
-  Vec e = scaled_add(kA2 * kNormA, g2, scaled(kNormA, g0)), f = scaled(kA * kNormA, g1);
-  Vec even = scaled_add(kB2 * kNormB, g2, scaled(kNormB, g0)), odd = scaled(kB * kNormB, g1);
+  const Vec g0 = g[0], g1 = g[step];
+  Vec e = scaled(kNormA, g0), f = scaled(kA * kNormA, g1);
+  Vec even = scaled(kNormB, g0), odd = scaled(kB * kNormB, g1);
+  if constexpr (TAPS > 2) {
+    const Vec g2 = g[2 * step];
+    e = scaled_add(kA2 * kNormA, g2, e), even = scaled_add(kB2 * kNormB, g2, even);
+  }
   if constexpr (TAPS > 3) {
     const Vec g3 = g[3 * step];
     f = scaled_add(kA * kA2 * kNormA, g3, f), odd = scaled_add(kB * kB2 * kNormB, g3, odd);
@@ -143,6 +163,10 @@ template <int TAPS> inline __attribute__((always_inline)) void weight_gradients(
   const Vec m1 = m[step], m2 = m[2 * step], m3 = m[3 * step], m4 = m[4 * step], last = m[5 * step];
   const Vec sum = m1 + m2, difference = m1 - m2, sum_b = m3 + m4, difference_b = m3 - m4;
   dw[0] = scaled_add(kNormA, sum, scaled_add(kNormB, sum_b, m[0]));
+  if constexpr (TAPS == 2) {
+    dw[1] = scaled_add(kA * kNormA, difference, scaled_add(kB * kNormB, difference_b, last));
+    return;
+  }
   dw[1] = scaled_add(kA * kNormA, difference, scaled(kB * kNormB, difference_b));
   if constexpr (TAPS == 3) {
     dw[2] = scaled_add(kA2 * kNormA, sum, scaled_add(kB2 * kNormB, sum_b, last));
@@ -167,14 +191,20 @@ template <class Body> inline void with_filters(const WinogradTile& tile, Body bo
   constexpr FilterConstant<Filter::kF33> f33{};
   constexpr FilterConstant<Filter::kF25> f25{};
   constexpr FilterConstant<Filter::kF34> f34{};
-  const bool four = tile.columns == Filter::kF43;
+  constexpr FilterConstant<Filter::kF52> f52{};
+  constexpr FilterConstant<Filter::kF42> f42{};
+  constexpr FilterConstant<Filter::kF11> f11{};
+  const bool six = points_of(tile.columns) == 6;
   switch (tile.rows) {
-    case Filter::kF43: return four ? body(f43, f43) : body(f43, f33);
-    case Filter::kF33: return four ? body(f33, f43) : body(f33, f33);
+    case Filter::kF43: return six ? body(f43, f43) : body(f43, f33);
+    case Filter::kF33: return six ? body(f33, f43) : body(f33, f33);
+    case Filter::kF52: return six ? body(f52, f52) : body(f52, f42);
+    case Filter::kF42: return six ? body(f42, f52) : body(f42, f42);
     case Filter::kF25: return body(f25, f25);
     case Filter::kF34: return body(f34, f34);
-    case Filter::kF11: return body(FilterConstant<Filter::kF11>{}, f34);
+    case Filter::kF11: break;
   }
+  return tile.columns == Filter::kF34 ? body(f11, f34) : six ? body(f11, f52) : body(f11, f42);
 }
 
 // One vector of channels of a window of ROWS x COLUMNS points. Registers: the 36 values of the half-transformed window
@@ -197,10 +227,14 @@ inline __attribute__((always_inline)) void input_vector(const WinogradInput<T>& 
   }
 #pragma GCC unroll 6
   for (int i = 0; i < ROWS; ++i) {
+    if (ROWS > 1 && i + 1 == ROWS && !wants_last(t.points.rows)) break;
     Vec points[COLUMNS];
     input_points<COLUMNS>(half[i], 1, points);
 #pragma GCC unroll 6
-    for (int j = 0; j < COLUMNS; ++j) store(v + (point<ROWS>(i) * kPoints + point<COLUMNS>(j)) * t.position, points[j]);
+    for (int j = 0; j < COLUMNS; ++j) {
+      if (j + 1 == COLUMNS && !wants_last(t.points.columns)) break;
+      store(v + (point<ROWS>(i) * kPoints + point<COLUMNS>(j)) * t.position, points[j]);
+    }
   }
 }
 
@@ -229,7 +263,7 @@ template <class T> void winograd_input(const WinogradInput<T>& t) {
   switch (points_of(t.tile.rows)) {
     case 6: return six ? winograd_input_tile<6, 6>(t) : winograd_input_tile<6, 5>(t);
     case 5: return six ? winograd_input_tile<5, 6>(t) : winograd_input_tile<5, 5>(t);
-    default: return winograd_input_tile<1, 6>(t);
+    default: return six ? winograd_input_tile<1, 6>(t) : winograd_input_tile<1, 5>(t);
   }
 }
 
@@ -238,10 +272,10 @@ inline __attribute__((always_inline)) void gradient_vector(const WinogradGradien
                                                            float* d) {
   constexpr int kTileRows = outputs_of(R), kTileColumns = outputs_of(S), kRows = points_of(R), kColumns = points_of(S);
   Vec half[kRows][kTileColumns];
-#pragma GCC unroll 4
+#pragma GCC unroll 5
   for (int j = 0; j < kTileColumns; ++j) {
     Vec pixels[kTileRows], points[kRows];
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int i = 0; i < kTileRows; ++i) {
       const float* at = dy + i * t.row + j * t.pixel;
       pixels[i] = MASKED ? load_if(i < t.rows && j < t.columns, at, lanes) : load(at);
@@ -265,9 +299,9 @@ template <Filter R, Filter S> void winograd_gradient_tile(const WinogradGradient
   const bool inside = t.rows >= kTileRows && t.columns >= kTileColumns;
   for (int64_t i = 0; i < t.width; i += kLanes) {
     const int64_t n = t.channels - i;
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int r = 0; r < kTileRows; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 5
       for (int j = 0; j < kTileColumns; ++j) prefetch(t.dy + t.next + r * t.row + j * t.pixel + i);
     if (inside && n >= kLanes)
       gradient_vector<R, S, false>(t, t.dy + i, Mask{}, t.d + i);
@@ -298,19 +332,19 @@ inline __attribute__((always_inline)) void output_vector(const WinogradOutput<T>
     for (int i = 0; i < kRows; ++i)
       points[i] = load(t.m + (point<kRows>(i) * kPoints + point<kColumns>(j)) * t.position + c);
     output_pixels<R>(points, 1, pixels);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int i = 0; i < kTileRows; ++i) half[i][j] = pixels[i];
   }
   const int64_t n = t.channels - c;
   const bool full = n >= kLanes;
   const Vec bias = !t.bias ? zero() : WHOLE || full ? load(t.bias + c) : load_first(t.bias + c, n);
   const Vec low = set1(t.low), high = set1(t.high);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
   for (int i = 0; i < kTileRows; ++i) {
     if (!WHOLE && i >= t.rows) break;
     Vec pixels[kTileColumns];
     output_pixels<S>(half[i], 1, pixels);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int j = 0; j < kTileColumns; ++j) {
       if (!WHOLE && j >= t.columns) break;
       const int64_t at = i * t.row + j * t.pixel + c;
@@ -352,7 +386,7 @@ template <int ROWS, int COLUMNS> void winograd_weights(const WinogradWeights& t)
       Vec taps[ROWS], points[kRows];
 #pragma GCC unroll 5
       for (int i = 0; i < ROWS; ++i) {
-        const bool there = COLUMNS != 4 || (i < t.rows && j < t.columns);
+        const bool there = COLUMNS % 2 != 0 || (i < t.rows && j < t.columns);
         taps[i] = there ? load(t.w + i * t.row + j * t.column + k) : zero();
       }
       weight_points<ROWS>(taps, 1, points);
@@ -361,10 +395,12 @@ template <int ROWS, int COLUMNS> void winograd_weights(const WinogradWeights& t)
     }
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i) {
+      if (!wants(t.points.rows, i)) continue;
       Vec points[kPoints];
       weight_points<COLUMNS>(half[i], 1, points);
 #pragma GCC unroll 6
-      for (int j = 0; j < kPoints; ++j) store(t.u + (i * kPoints + j) * t.position + k, points[j]);
+      for (int j = 0; j < kPoints; ++j)
+        if (wants(t.points.columns, j)) store(t.u + (i * kPoints + j) * t.position + k, points[j]);
     }
   }
 }
@@ -377,7 +413,10 @@ template <int ROWS, int COLUMNS> void winograd_weight_gradient(const WinogradWei
     for (int j = 0; j < kPoints; ++j) {
       Vec points[kRows], taps[ROWS];
 #pragma GCC unroll 6
-      for (int i = 0; i < kRows; ++i) points[i] = load(t.m + (i * kPoints + j) * t.position + k);
+      for (int i = 0; i < kRows; ++i) {
+        const bool wanted = wants(t.points.rows, i) && wants(t.points.columns, j);
+        points[i] = wanted ? load(t.m + (i * kPoints + j) * t.position + k) : zero();
+      }
       weight_gradients<ROWS>(points, 1, taps);
 #pragma GCC unroll 5
       for (int i = 0; i < ROWS; ++i) half[i][j] = taps[i];
@@ -387,7 +426,8 @@ template <int ROWS, int COLUMNS> void winograd_weight_gradient(const WinogradWei
       Vec taps[COLUMNS];
       weight_gradients<COLUMNS>(half[i], 1, taps);
 #pragma GCC unroll 5
-      for (int j = 0; j < COLUMNS; ++j) store(t.dw + i * t.row + j * t.column + k, taps[j]);
+      for (int j = 0; j < COLUMNS; ++j)
+        if (COLUMNS % 2 != 0 || (i < t.rows && j < t.columns)) store(t.dw + i * t.row + j * t.column + k, taps[j]);
     }
   }
 }
@@ -562,9 +602,10 @@ constexpr WinogradKernels winograd_kernels() {
   return {{winograd_input<float>, winograd_output<float>, pack_weights<float>, pack_taps<float>},
           {winograd_input<BFloat16>, winograd_output<BFloat16>, pack_weights<BFloat16>, pack_taps<BFloat16>},
           winograd_gradient,
-          {winograd_weights<3, 3>, winograd_weights<5, 5>, winograd_weights<4, 4>, winograd_weights<1, 4>},
+          {winograd_weights<3, 3>, winograd_weights<5, 5>, winograd_weights<4, 4>, winograd_weights<1, 4>,
+           winograd_weights<2, 2>, winograd_weights<1, 2>},
           {winograd_weight_gradient<3, 3>, winograd_weight_gradient<5, 5>, winograd_weight_gradient<4, 4>,
-           winograd_weight_gradient<1, 4>},
+           winograd_weight_gradient<1, 4>, winograd_weight_gradient<2, 2>},
           kRowTiles * kRowOutputs,
           kRowTilesPay,
           row_input,

@@ -3,8 +3,8 @@
 Shapes: x (N, C, H, W), w (K, C/groups, R, S), y (N, K, P, Q). Dtype float32, or float64 through the
 reference implementation; all arrays of a call have the same one. Any strides; channels-last memory
 is the native layout and is answered in channels-last, dense NCHW in NCHW. The forward pass of 3x3,
-5x5, 7x7, 1x7 and 7x1 kernels at stride 1 takes bfloat16 too (torch.bfloat16, or arrays of the
-package ml_dtypes): sums are float32, and y is rounded once.
+5x5, 7x7, 1x7 and 7x1 kernels at stride 1 and of 3x3 kernels at stride 2 takes bfloat16 too
+(torch.bfloat16, or arrays of the package ml_dtypes): sums are float32, and y is rounded once.
 """
 
 from __future__ import annotations
