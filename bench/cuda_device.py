@@ -8,16 +8,18 @@ run then only shows that the benchmark runs.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import statistics
-import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastconv
+from bench import report
 from fastconv import cuda
 
 Call = Callable[[], object]
@@ -47,13 +49,33 @@ def sets_beyond_l2(nbytes: int) -> int:
     return max(2, min(64, -(-2 * l2 // max(nbytes, 1))))
 
 
+@functools.cache
+def side_stream() -> Any:
+    """The stream of what is recorded: PyTorch's backward pass runs on the one its forward ran on,
+    and a recording may not reach another. None where the device is emulated."""
+    return None if emulated() else torch.cuda.Stream()
+
+
+@contextlib.contextmanager
+def on_side_stream() -> Iterator[None]:
+    """PyTorch's work of this block runs on :func:`side_stream`, after what came before it."""
+    if not emulated():
+        torch.cuda.synchronize()
+    with torch.cuda.stream(side_stream()):  # None: the current one
+        yield
+    if not emulated():
+        torch.cuda.synchronize()
+
+
 class TorchGraph:
     """Calls of PyTorch as a graph."""
 
     def __init__(self, calls: Sequence[Call], stream: Any) -> None:
-        for _ in range(2):  # the first choose algorithms and make workspaces
-            for call in calls:
-                call()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # the first choose algorithms and make workspaces
+                for call in calls:
+                    call()
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream):
@@ -110,7 +132,8 @@ def compare_times(ours: Sequence[Call], peers: dict[str, Sequence[Call]]) -> dic
         for call in ours:
             call()
         return {"ours": None, **dict.fromkeys(peers)}
-    stream = torch.cuda.Stream()
+    stream = side_stream()
+    torch.cuda.synchronize()  # operands were made on the default stream
     graphs: dict[str, Any] = {"ours": OurGraph(ours, stream)}
     failed = {}
     for name, calls in peers.items():
@@ -129,13 +152,10 @@ def geometric_mean(values: Sequence[float]) -> float | None:
 
 def record() -> dict[str, Any]:
     """The machine and the versions that a result belongs to."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "device": cuda.device_info(),
         "fastconv": fastconv.__version__,
-        "commit": commit.stdout.strip() or None,
+        "commit": report.git("rev-parse", "HEAD"),
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version(),
     }

@@ -143,18 +143,28 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     cuda_device.prepare_torch()
     cuda.allow_tf32(options.dtype == "float32")
-    rows = []
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
     for case in cases(options.set.split(","), options.batch):
         if options.filter not in case.name:
             continue
         for op in options.ops.split(","):
-            row = measure(case, op, options.dtype, options.layout)
+            try:
+                row = measure(case, op, options.dtype, options.layout)
+            except RuntimeError as error:
+                failed.append(f"{case.name} {op}: {error}")
+                print(failed[-1], flush=True)
+                cuda.synchronize()  # a kernel's fault stays, and ends the run here
+                continue
             rows.append(row)
             note = "" if row["right"] else f"WRONG by {row['difference']:.1e}"
             shown = [row[key] for key in ("layer", "op", "implementation", "microseconds", "ratio")]
             print(*shown, note, flush=True)
-            cuda_device.write(options.json, {"rows": rows, **summary(rows)})
+            cuda_device.write(options.json, {"rows": rows, "failed": failed, **summary(rows)})
     print(summary(rows)["geometric_mean_ratio"])
+    wrong = summary(rows)["wrong"]
+    if failed or wrong:
+        raise SystemExit(f"{len(failed)} failed, {len(wrong)} wrong")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ class Ours:
         self._step = train.GraphedStep(model, self._optimizer, shares=[Share(0, batch, batch)])
         self._stream = stream
         self._batch = cuda.array(images), cuda.array(rng.integers(0, 10, batch))
+        cuda.synchronize()  # they and the weights were copied on another stream than the steps'
         for _ in range(2):  # the second is recorded
             self.replay()
         if self._step.obstacle is not None:
@@ -92,7 +93,7 @@ def compare(
     if cuda_device.emulated():
         Ours(model, size, batch, cuda.kernels().make_stream()).replay()
         return {"ours": None, "torch graph": None, "torch eager": None}
-    stream = torch.cuda.Stream()
+    stream = cuda_device.side_stream()
     graphs = {
         "ours": Ours(model, size, batch, stream.cuda_stream),
         "torch graph": cuda_device.TorchGraph([theirs(name, state, size, batch)], stream),

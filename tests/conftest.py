@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import struct
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import fastconv
-from fastconv import data
+from fastconv import cuda, data
 from tests import device
 from tests.device import ON_CUDA
 
@@ -68,6 +69,14 @@ def settings() -> Iterator[None]:
     device.set_algorithm("")
     fastconv.set_precision("default")
     fastconv.load_tuning(None)
+    if ON_CUDA and "PYTEST_XDIST_WORKER" in os.environ:
+        # A kernel's fault is reported by a later call, and by every one until the process ends: it
+        # belongs to the test that made it, and pytest-xdist then starts another process.
+        try:
+            cuda.synchronize()
+        except RuntimeError as error:
+            os.write(2, f"{error}\n".encode())
+            os._exit(70)
 
 
 @pytest.fixture

@@ -150,7 +150,12 @@ DeviceArray from_numpy(const py::array& array) {
   for (int i = 0; i < v.ndim; ++i) v.strides[i] = host.strides(i) / itemsize(v.dtype);
   v.strides = dense_strides(v);
   DeviceArray result = new_strided(v);
-  cuda::copy_bytes(result.mutable_data(), host.data(), v.numel() * itemsize(v.dtype), cuda::Copy::kToDevice);
+  void* to = result.mutable_data();
+  const void* from = host.data();
+  {
+    const py::gil_scoped_release no_gil;
+    cuda::copy_bytes(to, from, v.numel() * itemsize(v.dtype), cuda::Copy::kToDevice);
+  }
   return result;
 }
 
@@ -179,7 +184,12 @@ py::array to_numpy(const DeviceArray& given) {
   }
   py::array host = py::module_::import("numpy").attr("empty")(std::max<int64_t>(a.view().numel(), 1),
                                                               py::dtype(name(a.view().dtype)));
-  cuda::copy_bytes(host.mutable_data(), dense.data(), a.view().numel() * item, cuda::Copy::kToHost);
+  void* to = host.mutable_data();
+  const void* from = dense.data();
+  {
+    const py::gil_scoped_release no_gil;  // it waits for the device
+    cuda::copy_bytes(to, from, a.view().numel() * item, cuda::Copy::kToHost);
+  }
   return py::array(host.dtype(), sizes, bytes, host.data(), host);
 }
 

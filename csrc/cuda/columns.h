@@ -147,9 +147,10 @@ template <class Body> struct ColumnSlices {
   }
 };
 
-// Merges the slices of eight channels; finish(channel, sum) stores the result.
+// Merges the slices of some channels, those of a channel in pairs; finish(channel, sum) stores the result.
 template <class Body, class Finish> struct ColumnFinish {
-  static constexpr int kChannels = 8, kThreads = kBlockThreads, kLanes = kThreads / kChannels, kPhases = 2;
+  static constexpr int kChannels = 2, kThreads = kBlockThreads, kLanes = kThreads / kChannels, kPhases = 9;
+  static_assert(kLanes == 1 << (kPhases - 2), "a phase for each halving");
   using Wide = typename Body::Wide;
   struct Shared {
     Wide sums[kThreads];
@@ -170,12 +171,12 @@ template <class Body, class Finish> struct ColumnFinish {
       for (int64_t slice = lane + kLanes; slice < slices; slice += kLanes)
         body.merge(sum, partial[slice * channels + channel]);
       shared.sums[thread] = sum;
-    } else {
-      if (lane != 0) return;
-      Wide sum = shared.sums[thread];
+    } else if constexpr (PHASE + 1 < kPhases) {
+      constexpr int64_t kHalf = kLanes >> PHASE;
       const int64_t used = slices < kLanes ? slices : kLanes;
-      for (int64_t i = 1; i < used; ++i) body.merge(sum, shared.sums[i * kChannels + thread]);
-      finish(channel, sum);
+      if (lane < kHalf && lane + kHalf < used) body.merge(shared.sums[thread], shared.sums[thread + kHalf * kChannels]);
+    } else if (lane == 0) {
+      finish(channel, shared.sums[thread]);
     }
   }
 };
@@ -191,13 +192,19 @@ template <class Body, class Finish> struct ColumnEmpty {
   }
 };
 
+// Rows that a thread of a reduction adds up: at most 64, which bound the rounding error; fewer where that would leave
+// multiprocessors idle.
+inline int64_t rows_of_a_sum(int64_t rows, int64_t channels, int width) {
+  constexpr int64_t kThreadsWanted = 1024 * kBlockThreads;
+  return std::clamp<int64_t>(ceil_divide(rows * ceil_divide(channels, width), kThreadsWanted), 8, 64);
+}
+
 // finish(channel, sum) with the sum of all rows of each channel.
 template <class Body, class Finish>
 void reduce_columns(int64_t rows, int64_t channels, const Body& body, const Finish& finish) {
-  constexpr int64_t kRowsEach = 64;  // bounds the rounding error of a thread's sums
   if (channels == 0) return;
   if (rows == 0) return for_each(channels, ColumnEmpty<Body, Finish>{body, finish});
-  const ColumnGrid grid = column_grid(rows, channels, Body::kWidth, kRowsEach);
+  const ColumnGrid grid = column_grid(rows, channels, Body::kWidth, rows_of_a_sum(rows, channels, Body::kWidth));
   const Buffer partial(grid.slices * channels * sizeof(typename Body::Wide));
   launch(ColumnSlices<Body>{grid, body, partial.as<typename Body::Wide>()}, grid.blocks());
   using Last = ColumnFinish<Body, Finish>;

@@ -6,6 +6,7 @@
 
 #include "cuda/array_math.h"
 #include "cuda/launch.h"
+#include "cuda/vector.h"
 
 namespace fastconv::cuda {
 namespace {
@@ -163,6 +164,11 @@ template <class A> FC_INLINE A compute(Arithmetic op, A a, A b) {
   return a;
 }
 
+template <class A> struct Binary {
+  Arithmetic op;
+  FC_INLINE A operator()(A a, A b) const { return compute(op, a, b); }
+};
+
 template <class T> struct BinaryStrided {
   Places<3> places;
   Arithmetic op;
@@ -244,9 +250,13 @@ void fill_view(const TensorView& y, double value) {
 
 void arithmetic(Arithmetic op, const TensorView& a, const TensorView& b, const TensorView& y) {
   const TensorView* const views[] = {&a, &b, &y};
+  const Places<3> p = make_places(views);
+  const bool together =
+      p.ndim == 0 || (p.ndim == 1 && p.strides[0][0] == 1 && p.strides[1][0] == 1 && p.strides[2][0] == 1);
   dispatch_real(y.dtype, [&](auto t) {
     using T = decltype(t);
-    for_each(y.numel(), BinaryStrided<T>{make_places(views), op, a.as<T>(), b.as<T>(), y.as<T>()});
+    if (together) return map_two(y.numel(), a.as<T>(), b.as<T>(), y.as<T>(), Binary<Acc<T>>{op});
+    for_each(y.numel(), BinaryStrided<T>{p, op, a.as<T>(), b.as<T>(), y.as<T>()});
   });
 }
 

@@ -199,7 +199,12 @@ void raw_release(void* p) noexcept {
   cudaFree(p);  // waits for the device
 }
 
-uint64_t current_pool() { return cuda::graph_pool != 0 ? cuda::graph_pool : reinterpret_cast<uint64_t>(cuda::stream); }
+uint64_t current_pool() {
+  if (cuda::graph_pool != 0) return cuda::graph_pool;
+  if (cuda::stream != nullptr && cuda::capturing())
+    throw cuda::DeviceError("another library records a CUDA graph here, for which no memory of fastconv would be kept");
+  return reinterpret_cast<uint64_t>(cuda::stream);
+}
 
 // A block that was last used on another stream than its own: its own waits, so that the next user may write to it.
 void leave_pool(uint64_t pool) {

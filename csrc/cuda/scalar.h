@@ -43,6 +43,9 @@ struct bfloat16_t {
 struct half_t {
   half_t() = default;
   FC_INLINE explicit half_t(float value) {
+#if defined(__CUDA_ARCH__)  // one instruction
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#else
     const uint32_t u = bits_of(value), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
     if (magnitude > 0x7f800000) {  // NaN
       bits = static_cast<uint16_t>(sign | 0x7e00);
@@ -54,6 +57,7 @@ struct half_t {
       const uint32_t fraction = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000;
       bits = static_cast<uint16_t>(sign | fraction);
     }
+#endif
   }
   FC_INLINE explicit half_t(double value) : half_t(static_cast<float>(value)) {}
   FC_INLINE operator float() const {

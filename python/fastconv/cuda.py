@@ -174,8 +174,14 @@ def _from_interface(module: Any, x: Any, interface: dict[str, Any]) -> Any:
     if strides is None:
         strides = [dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape))]
     steps = [step // dtype.itemsize for step in strides]
-    if interface.get("stream") not in (None, 1, module.current_stream()):
-        module.synchronize()
+    # Version 3: the consumer waits for the producer's stream; 1 is the default one, 0 here.
+    current, producer = module.current_stream(), interface.get("stream")
+    if producer is not None and (0 if producer == 1 else producer) != current:
+        module.set_current_stream(0 if producer == 1 else producer)
+        try:
+            module.let_wait(current)
+        finally:
+            module.set_current_stream(current)
     return module.from_pointer(interface["data"][0], list(shape), steps, dtype.name, x)
 
 

@@ -216,8 +216,8 @@ class GraphedStep:
         default_generator.set_state((0, 0))  # it counts from there, and adds the real state
         with cuda.stream(_recording_stream()):
             self._numbers.record()
-            graph.begin()
             try:
+                graph.begin()
                 self._work()
             except BaseException:
                 with contextlib.suppress(RuntimeError):  # the recording may be broken
