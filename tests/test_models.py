@@ -3,6 +3,7 @@ test_architectures.py."""
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastconv import init, models, nn
-from fastconv.tensor import Array
+from fastconv import functional as F
+from fastconv import init, models, nn, ops
+from fastconv.models.densenet import DenseBlock
+from fastconv.tensor import Array, Tensor
 
 from .torchvision_models import models as torchvision
 
@@ -132,6 +135,45 @@ class Repeating:
 
 def layers_with_weights(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+
+
+def test_dense_block_finds_shared_statistics_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the results of layers that each find their own."""
+    shared = DenseBlock(3, 10, 4, 8, 0.0)
+    own = copy.deepcopy(shared)
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((4, 10, 7, 6), np.float32) + 20
+    x = [Tensor(images, requires_grad=True) for _ in range(2)]
+    seen: list[bool] = []
+    plain = ops.batch_norm_train
+
+    def spy(*args: Any, moments: Any = None, **options: Any) -> Any:
+        seen.append(moments is not None)
+        return plain(*args, moments=moments, **options)
+
+    monkeypatch.setattr(ops, "batch_norm_train", spy)
+    y = [shared(x[0])]
+    assert seen == [True, False] * 3
+    features = x[1]
+    for layer in own.children():
+        features = F.cat([features, layer(features)])
+    y.append(features)
+    dy = rng.standard_normal(y[0].shape, np.float32)
+    for result in y:
+        result.backward(dy)
+    pairs: list[tuple[Any, Any]] = [(y[0].data, y[1].data), (x[0].grad, x[1].grad)]
+    pairs += zip(shared.state_dict().values(), own.state_dict().values(), strict=True)
+    gradients = ([p.grad for p in block.parameters()] for block in (shared, own))
+    pairs += zip(*gradients, strict=True)
+    for got, expected in pairs:
+        np.testing.assert_allclose(got, expected, 1e-4, 1e-4)
+
+    seen.clear()
+    shared.eval()(x[0])
+    first: Any = next(iter(shared.train().children()))
+    first.norm1.eval()
+    shared(x[0])
+    assert seen == [False] * 5  # where a layer has statistics of its own kind, none are shared
 
 
 def test_initial_weights_of_vgg(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,6 +250,13 @@ def batch_norm_max_pool2d(
     return apply(y, inputs, backward)
 
 
+def moments(x: Input) -> Moments:
+    """What :func:`batch_norm` would find of x[N,C] or x[N,C,H,W], for several that take it."""
+    x = as_tensor(x).data
+    mean, squares = ops.batch_norm_moments(x)
+    return x.size // max(x.shape[1], 1), mean, squares
+
+
 def _moments_of_all(x: Array, communicator: Communicator) -> tuple[int, Array, Array]:
     """(count, mean, sum of squared distances) of each channel of x over all processes.
 
