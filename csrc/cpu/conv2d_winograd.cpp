@@ -291,13 +291,15 @@ void transform_input(const T* x, const SourceImage& source, const Axis& rows, co
   t.row = rows.window_step() * rows.source_step, t.pixel = columns.window_step() * columns.source_step;
   t.channels = source.channels;
   t.block = kernel_parts(rows, columns) * v.size() * kBlock, t.position = v.position;
+  WantedPoints points[kMaxParts];
+  for_parts(rows, columns, 0, [&](Part part) { points[part.index] = tiles.points(part); });
   tiles.each(mine, [&](int64_t i, const Tiles::Tile& tile) {
     t.tile = tile.size;
     for_parts(rows, columns, 0, [&](Part part) {
       const int64_t row = rows.window(tile.y, part.row), column = columns.window(tile.x, part.column);
       t.x = x + tile.n * source.h * source.w * source.pixel + row * rows.source_step + column * columns.source_step +
             source.first_channel;
-      t.points = tiles.points(part);
+      t.points = points[part.index];
       t.rows_in = inside(row, rows.window_step(), rows.source);
       t.columns_in = inside(column, columns.window_step(), columns.source);
       const bool more = tile.columns > outputs_of(tile.size.columns);
@@ -829,9 +831,7 @@ double axis_products(const AxisTaps& taps) {
 // 512, two of them, 4.7 and 3.9.
 constexpr double kWeightTransform = 160, kPartsTransform = 400;
 
-// axes: of the outputs' rows and columns; of an input gradient one for each phase of the stride.
-const char* supports_outputs(const Conv2dProblem& a, const std::vector<AxisTaps>& row_axes,
-                             const std::vector<AxisTaps>& column_axes) {
+const char* supports_pass(const Conv2dProblem& a, bool input_gradient) {
   if (strict_precision()) return "strict precision";
   const bool along_one = a.r * a.s == 7;  // 7x1 or 1x7
   if (!along_one && (a.r != a.s || (a.r != 3 && a.r != 5 && a.r != 7)))
@@ -843,6 +843,14 @@ const char* supports_outputs(const Conv2dProblem& a, const std::vector<AxisTaps>
   // Along one axis a transform saves fewer multiplications, but costs less, too; that of parts costs more.
   if (std::min(a.cg(), a.kg()) < (strided ? 32 : along_one ? 24 : 16))
     return "too few channels to repay the transforms";
+  // Of an input gradient one for each phase of the stride.
+  const auto axes_of = [&](int64_t outputs, int64_t inputs, int64_t kernel, int64_t stride, int64_t pad,
+                           int64_t dilation) {
+    return input_gradient ? backward_axes(inputs, kernel, stride, pad, dilation)
+                          : std::vector<AxisTaps>{forward_axis(outputs, kernel, stride, pad, dilation)};
+  };
+  const std::vector<AxisTaps> row_axes = axes_of(a.p, a.h, a.r, a.stride_h, a.pad_top, a.dilation_h);
+  const std::vector<AxisTaps> column_axes = axes_of(a.q, a.w, a.s, a.stride_w, a.pad_left, a.dilation_w);
   const auto sum = [](const std::vector<AxisTaps>& axes, auto products_of) {
     double products = 0;
     for (const AxisTaps& axis : axes) products += products_of(axis);
@@ -881,14 +889,8 @@ template <class T> void forward_as(const Conv2dProblem& a, const ForwardArgument
 
 }  // namespace
 
-const char* supports(const Conv2dProblem& a) {
-  return supports_outputs(a, {forward_axis(a.p, a.r, a.stride_h, a.pad_top, a.dilation_h)},
-                          {forward_axis(a.q, a.s, a.stride_w, a.pad_left, a.dilation_w)});
-}
-const char* supports_backward_input(const Conv2dProblem& a) {
-  return supports_outputs(a, backward_axes(a.h, a.r, a.stride_h, a.pad_top, a.dilation_h),
-                          backward_axes(a.w, a.s, a.stride_w, a.pad_left, a.dilation_w));
-}
+const char* supports(const Conv2dProblem& a) { return supports_pass(a, false); }
+const char* supports_backward_input(const Conv2dProblem& a) { return supports_pass(a, true); }
 
 void forward(const Conv2dProblem& a, const ForwardArguments& args) {
   const ThreadLimit limit(threads_worth(a));

@@ -17,6 +17,12 @@ template <int COUNT> struct Places {
   int64_t sizes[kMaxDims];
   int64_t strides[COUNT][kMaxDims];
 
+  // Whether the elements of every array follow each other.
+  bool together() const {
+    if (ndim == 0) return true;
+    return ndim == 1 && std::all_of(strides, strides + COUNT, [](const int64_t (&s)[kMaxDims]) { return s[0] == 1; });
+  }
+
   FC_HOST_DEVICE void find(int64_t i, int64_t (&at)[COUNT]) const {
     for (int j = 0; j < COUNT; ++j) at[j] = 0;
     for (int d = ndim - 1; d >= 0; --d) {
@@ -228,8 +234,7 @@ void copy_view(const TensorView& src, const TensorView& dst) {
   if (n == 0) return;
   const TensorView* const views[] = {&src, &dst};
   const Places<2> p = make_places(views);
-  if (p.ndim == 0 || (p.ndim == 1 && p.strides[0][0] == 1 && p.strides[1][0] == 1))
-    return copy_bytes(dst.data, src.data, n * itemsize(src.dtype), Copy::kOnDevice);
+  if (p.together()) return copy_bytes(dst.data, src.data, n * itemsize(src.dtype), Copy::kOnDevice);
   switch (itemsize(src.dtype)) {
     case 2: return copy_words<uint16_t>(p, n, src, dst);
     case 4: return copy_words<uint32_t>(p, n, src, dst);
@@ -251,11 +256,9 @@ void fill_view(const TensorView& y, double value) {
 void arithmetic(Arithmetic op, const TensorView& a, const TensorView& b, const TensorView& y) {
   const TensorView* const views[] = {&a, &b, &y};
   const Places<3> p = make_places(views);
-  const bool together =
-      p.ndim == 0 || (p.ndim == 1 && p.strides[0][0] == 1 && p.strides[1][0] == 1 && p.strides[2][0] == 1);
   dispatch_real(y.dtype, [&](auto t) {
     using T = decltype(t);
-    if (together) return map_two(y.numel(), a.as<T>(), b.as<T>(), y.as<T>(), Binary<Acc<T>>{op});
+    if (p.together()) return map_two(y.numel(), a.as<T>(), b.as<T>(), y.as<T>(), Binary<Acc<T>>{op});
     for_each(y.numel(), BinaryStrided<T>{p, op, a.as<T>(), b.as<T>(), y.as<T>()});
   });
 }

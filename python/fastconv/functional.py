@@ -266,8 +266,7 @@ def _moments_of_all(x: Array, communicator: Communicator) -> tuple[int, Array, A
     channels = x.shape[1]
     of_each = np.zeros((communicator.size, 1 + 2 * channels))
     own = of_each[communicator.rank]
-    own[0] = x.size // channels if channels else 0
-    own[1:] = ops.batch_norm_moments(x).ravel()
+    own[0], own[1 : 1 + channels], own[1 + channels :] = moments(x)
     communicator.all_reduce(of_each).wait()  # the others' rows are zeros here: a gathering
     count, mean, squares = 0.0, np.zeros(channels), np.zeros(channels)
     for row in of_each:

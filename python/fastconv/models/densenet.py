@@ -74,18 +74,17 @@ class DenseBlock(Module):
     def forward(self, x: Any) -> Tensor:
         features = F.as_tensor(x)
         layers = list(self.children())
-        if not (on_cpu(features) and all(map(_finds_moments, layers))):
-            for layer in layers:
-                features = F.cat([features, layer(features)])
-            return features
-        count, mean, squares = F.moments(features)
+        known: dict[str, F.Moments] = {}
+        if on_cpu(features) and all(map(_finds_moments, layers)):
+            known["moments"] = F.moments(features)
         for layer in layers:
-            new = layer(features, moments=(count, mean, squares))
+            new = layer(features, **known)
             features = F.cat([features, new])
-            if layer is not layers[-1]:
+            if known and layer is not layers[-1]:
+                count, mean, squares = known["moments"]
                 _, new_mean, new_squares = F.moments(new)
-                mean = np.concatenate((mean, new_mean))
-                squares = np.concatenate((squares, new_squares))
+                joined = np.concatenate((mean, new_mean)), np.concatenate((squares, new_squares))
+                known["moments"] = (count, *joined)
         return features
 
 
