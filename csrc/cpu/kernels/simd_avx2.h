@@ -26,11 +26,12 @@ inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec set1(float a) { return _mm256_set1_ps(a); }
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline Vec load_first(const float* p, int64_t n) { return _mm256_maskload_ps(p, first(n)); }
-// Zeros, reading nothing, unless `inside`; otherwise the lanes of the mask.
+// Some lanes, the others zero and not read; none unless `inside`.
 using Mask = __m256i;
-inline Vec load_if(bool inside, const float* p, Mask lanes) {
-  return _mm256_maskload_ps(p, _mm256_and_si256(lanes, _mm256_set1_epi32(-static_cast<int>(inside))));
+inline Mask lanes_if(bool inside, Mask lanes) {
+  return _mm256_and_si256(lanes, _mm256_set1_epi32(-static_cast<int>(inside)));
 }
+inline Vec load_lanes(Mask lanes, const float* p) { return _mm256_maskload_ps(p, lanes); }
 // kLanes bytes as integers: GCC 12 takes the general conversion apart lane by lane.
 inline Vec load_bytes(const uint8_t* p) {
   return _mm256_castsi256_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
@@ -48,8 +49,8 @@ inline Vec load_first(const BFloat16* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) a[i] = p[i];
   return load(a);
 }
-inline Vec load_if(bool inside, const BFloat16* p, Mask lanes) {
-  const int count = inside ? __builtin_popcount(_mm256_movemask_ps(_mm256_castsi256_ps(lanes))) : 0;
+inline Vec load_lanes(Mask lanes, const BFloat16* p) {
+  const int count = __builtin_popcount(_mm256_movemask_ps(_mm256_castsi256_ps(lanes)));
   return count == kLanes ? load(p) : load_first(p, count);
 }
 inline void store(BFloat16* p, Vec a) {

@@ -23,11 +23,10 @@ inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec set1(float a) { return _mm512_set1_ps(a); }
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
-// Zeros, reading nothing, unless `inside`; otherwise the lanes of the mask.
+// Some lanes, the others zero and not read; none unless `inside`.
 using Mask = __mmask16;
-inline Vec load_if(bool inside, const float* p, Mask lanes) {
-  return _mm512_maskz_loadu_ps(static_cast<Mask>(lanes & -static_cast<int>(inside)), p);
-}
+inline Mask lanes_if(bool inside, Mask lanes) { return static_cast<Mask>(lanes & -static_cast<int>(inside)); }
+inline Vec load_lanes(Mask lanes, const float* p) { return _mm512_maskz_loadu_ps(lanes, p); }
 // kLanes bytes as integers: GCC 12 takes the general conversion apart lane by lane.
 inline Vec load_bytes(const uint8_t* p) {
   return _mm512_castsi512_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -47,9 +46,7 @@ inline __m256i narrow(Vec a) {
 }
 inline Vec load(const BFloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline Vec load_first(const BFloat16* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
-inline Vec load_if(bool inside, const BFloat16* p, Mask lanes) {
-  return widen(_mm256_maskz_loadu_epi16(static_cast<Mask>(lanes & -static_cast<int>(inside)), p));
-}
+inline Vec load_lanes(Mask lanes, const BFloat16* p) { return widen(_mm256_maskz_loadu_epi16(lanes, p)); }
 inline void store(BFloat16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
 inline void store_first(BFloat16* p, Vec a, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), narrow(a)); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }

@@ -25,10 +25,11 @@ inline Vec load_first(const float* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) a[i] = p[i];
   return a;
 }
-// Zeros, reading nothing, unless `inside`; otherwise the lanes of the mask.
+// The first lanes, the others zero and not read; none unless `inside`.
 using Mask = int64_t;
 inline Mask first(int64_t n) { return n; }
-inline Vec load_if(bool inside, const float* p, Mask lanes) { return load_first(p, inside ? lanes : 0); }
+inline Mask lanes_if(bool inside, Mask lanes) { return inside ? lanes : 0; }
+inline Vec load_lanes(Mask lanes, const float* p) { return load_first(p, lanes); }
 // kLanes bytes as integers.
 inline Vec load_bytes(const uint8_t* p) {
   typedef int32_t Integers __attribute__((vector_size(16)));
@@ -46,7 +47,7 @@ inline Vec load_first(const BFloat16* p, int64_t n) {
   return load(a);
 }
 inline Vec load(const BFloat16* p) { return load_first(p, kLanes); }
-inline Vec load_if(bool inside, const BFloat16* p, Mask lanes) { return load_first(p, inside ? lanes : 0); }
+inline Vec load_lanes(Mask lanes, const BFloat16* p) { return load_first(p, lanes); }
 inline void store_first(BFloat16* p, Vec a, int64_t n) {
   typedef uint32_t Bits __attribute__((vector_size(16)));
   const Bits bits = reinterpret_cast<Bits>(a), rounded = bits + 0x7fff + (bits >> 16 & 1);

@@ -207,19 +207,32 @@ template <class Body> inline void with_filters(const WinogradTile& tile, Body bo
   return tile.columns == Filter::kF34 ? body(f11, f34) : six ? body(f11, f52) : body(f11, f42);
 }
 
+// Of each row the first n channels, at most a vector, or none: bit i of `rows_in`.
+template <int ROWS> inline __attribute__((always_inline)) void row_masks(uint32_t rows_in, int64_t n, Mask* rows) {
+  const Mask lanes = first(n < 0 ? 0 : n < kLanes ? n : kLanes);
+#pragma GCC unroll 6
+  for (int i = 0; i < ROWS; ++i) rows[i] = lanes_if((rows_in >> i & 1) != 0, lanes);
+}
+
 // One vector of channels of a window of ROWS x COLUMNS points. Registers: the 36 values of the half-transformed window
 // exceed every register file; those few that spill stay in L1. Bound: 144 multiply-adds, 36 loads and 36 stores of full
-// cache lines.
+// cache lines. MASKED: `rows` are the lanes of each row that lie inside the image, and are channels.
 template <int ROWS, int COLUMNS, bool MASKED, class T>
-inline __attribute__((always_inline)) void input_vector(const WinogradInput<T>& t, const T* x, Mask lanes, float* v) {
+inline __attribute__((always_inline)) void input_vector(const WinogradInput<T>& t, const T* x, const Mask* rows,
+                                                        float* v) {
   Vec half[ROWS][COLUMNS];
 #pragma GCC unroll 6
   for (int j = 0; j < COLUMNS; ++j) {
     Vec pixels[ROWS], points[ROWS];
+    if (MASKED && (t.columns_in >> j & 1) == 0) {
+#pragma GCC unroll 6
+      for (int i = 0; i < ROWS; ++i) half[i][j] = zero();
+      continue;
+    }
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; ++i) {
       const T* at = x + i * t.row + j * t.pixel;
-      pixels[i] = MASKED ? load_if((t.rows_in >> i & t.columns_in >> j & 1) != 0, at, lanes) : load(at);
+      pixels[i] = MASKED ? load_lanes(rows[i], at) : load(at);
     }
     input_points<ROWS>(pixels, 1, points);
 #pragma GCC unroll 6
@@ -250,10 +263,13 @@ template <int ROWS, int COLUMNS, class T> void winograd_input_tile(const Winogra
       for (int j = 0; j < COLUMNS - 2; ++j) prefetch(t.x + t.next + i * t.row + j * t.pixel + c);
     for (int64_t i = 0; i < kBlock; i += kLanes) {
       const int64_t n = t.channels - c - i;
-      if (inside && n >= kLanes)
-        input_vector<ROWS, COLUMNS, false>(t, t.x + c + i, Mask{}, v + i);
-      else
-        input_vector<ROWS, COLUMNS, true>(t, t.x + c + i, first(n < 0 ? 0 : n < kLanes ? n : kLanes), v + i);
+      if (inside && n >= kLanes) {
+        input_vector<ROWS, COLUMNS, false>(t, t.x + c + i, nullptr, v + i);
+        continue;
+      }
+      Mask rows[ROWS];
+      row_masks<ROWS>(t.rows_in, n, rows);
+      input_vector<ROWS, COLUMNS, true>(t, t.x + c + i, rows, v + i);
     }
   }
 }
@@ -268,17 +284,22 @@ template <class T> void winograd_input(const WinogradInput<T>& t) {
 }
 
 template <Filter R, Filter S, bool MASKED>
-inline __attribute__((always_inline)) void gradient_vector(const WinogradGradient& t, const float* dy, Mask lanes,
+inline __attribute__((always_inline)) void gradient_vector(const WinogradGradient& t, const float* dy, const Mask* rows,
                                                            float* d) {
   constexpr int kTileRows = outputs_of(R), kTileColumns = outputs_of(S), kRows = points_of(R), kColumns = points_of(S);
   Vec half[kRows][kTileColumns];
 #pragma GCC unroll 5
   for (int j = 0; j < kTileColumns; ++j) {
     Vec pixels[kTileRows], points[kRows];
+    if (MASKED && j >= t.columns) {
+#pragma GCC unroll 6
+      for (int i = 0; i < kRows; ++i) half[i][j] = zero();
+      continue;
+    }
 #pragma GCC unroll 5
     for (int i = 0; i < kTileRows; ++i) {
       const float* at = dy + i * t.row + j * t.pixel;
-      pixels[i] = MASKED ? load_if(i < t.rows && j < t.columns, at, lanes) : load(at);
+      pixels[i] = MASKED ? load_lanes(rows[i], at) : load(at);
     }
     gradient_points<R>(pixels, 1, points);
 #pragma GCC unroll 6
@@ -303,10 +324,13 @@ template <Filter R, Filter S> void winograd_gradient_tile(const WinogradGradient
     for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 5
       for (int j = 0; j < kTileColumns; ++j) prefetch(t.dy + t.next + r * t.row + j * t.pixel + i);
-    if (inside && n >= kLanes)
-      gradient_vector<R, S, false>(t, t.dy + i, Mask{}, t.d + i);
-    else
-      gradient_vector<R, S, true>(t, t.dy + i, first(n < 0 ? 0 : n < kLanes ? n : kLanes), t.d + i);
+    if (inside && n >= kLanes) {
+      gradient_vector<R, S, false>(t, t.dy + i, nullptr, t.d + i);
+      continue;
+    }
+    Mask rows[kTileRows];
+    row_masks<kTileRows>(t.rows < kTileRows ? (1u << t.rows) - 1 : ~0u, n, rows);
+    gradient_vector<R, S, true>(t, t.dy + i, rows, t.d + i);
   }
 }
 
