@@ -57,6 +57,7 @@ set(cuda_sources
   csrc/bindings/bind_batch_norm.cpp
   csrc/bindings/bind_channels.cpp
   csrc/bindings/bind_conv2d.cpp
+  csrc/bindings/bind_conv2d_batch_norm.cpp
   csrc/bindings/bind_device.cpp
   csrc/bindings/bind_elementwise.cpp
   csrc/bindings/bind_linear.cpp

@@ -61,8 +61,10 @@ def test_a_training_step_follows_the_cpu():
 def test_batch_norm_has_its_statistics_from_the_convolution(monkeypatch):
     """In training, of a pair that nothing looks into; with the values of the two layers."""
     calls = []
-    fused = F.conv2d_moments
-    monkeypatch.setattr(F, "conv2d_moments", lambda *a, **k: calls.append(True) or fused(*a, **k))
+    fused = F.conv2d_batch_norm
+    monkeypatch.setattr(
+        F, "conv2d_batch_norm", lambda *a, **k: calls.append(True) or fused(*a, **k)
+    )
     layers = nn.Sequential(nn.Conv2d(16, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU())
     apart = copy.deepcopy(layers).to("cuda")
     together = copy.deepcopy(layers).to("cuda")

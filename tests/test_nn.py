@@ -517,3 +517,73 @@ def test_sequential_pools_in_the_pass_of_the_batch_norm(monkeypatch: pytest.Monk
         model.eval()
         model(images)
         assert not calls
+
+
+CONV_NORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"bias": True, "activation": "relu"},
+    "residual": {"residual": True, "activation": "relu"},
+    "residual_pool": {"residual": True, "pool": nn.MaxPool2d(2)},
+    "pool": {"pool": nn.MaxPool2d(2), "activation": "relu"},
+    "padded_pool": {"pool": nn.MaxPool2d(3, 2, padding=1), "activation": "silu"},
+    "no_affine": {"affine": False},
+    "no_running_statistics": {"track_running_stats": False},
+    "average_of_all_batches": {"momentum": None},
+    "frozen_conv": {"frozen": "conv", "pool": nn.MaxPool2d(2)},
+    "frozen_norm": {"frozen": "norm", "activation": "relu"},
+    "frozen_input": {"frozen": "x"},
+}
+
+
+@pytest.mark.parametrize("name", CONV_NORMS)
+def test_conv_norm_in_training_has_the_bits_of_the_layers(name: str) -> None:
+    options = dict(CONV_NORMS[name])
+    activation, pool = options.pop("activation", None), options.pop("pool", None)
+    frozen, adds, bias = (options.pop(key, None) for key in ("frozen", "residual", "bias"))
+    conv = nn.Conv2d(4, 6, 3, padding=1, bias=bias is not None)
+    norm = nn.BatchNorm2d(6, **options)
+    for module, part in ((conv, "conv"), (norm, "norm")):
+        for parameter in module.parameters():
+            parameter.requires_grad = part != frozen
+    results = []
+    for apart in (False, True):
+        c, n = copy.deepcopy(conv), copy.deepcopy(norm)
+        x = Tensor(channels_last(IMAGES.astype(np.float32)), requires_grad=frozen != "x")
+        residual = Tensor(draw(3, 6, 9, 8).astype(np.float32), requires_grad=True) if adds else None
+        for _ in range(2):
+            if apart:
+                y = n(c(x), residual, activation=activation)
+                y = y if pool is None else pool(y)
+            else:
+                y = nn.conv_norm(c, n, x, residual, activation=activation, pool=pool)
+            (y * y).sum().backward()
+        grads = [p.grad for p in (x, residual, *c.parameters(), *n.parameters()) if p is not None]
+        results.append([y.data, *grads, *(buffer for _, buffer in n.named_buffers())])
+    for a, b in zip(*results, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            np.testing.assert_array_equal(a, b)
+
+
+def test_conv_norm_in_training_refuses_what_the_layers_refuse() -> None:
+    conv, norm = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)
+    x = IMAGES.astype(np.float32)
+    for wrong, residual, error, message in (
+        (x[:, :3], None, ValueError, r"3"),
+        (x[0], None, ValueError, r"\(4, 9, 8\)"),
+        (x, x, ValueError, r"residual.*\(3, 4, 9, 8\)"),
+        (x[:1, :, :3, :3], None, ValueError, "more than one value"),
+        (x.astype(np.int64), None, TypeError, "int64"),
+    ):
+        with pytest.raises(error, match=message):
+            nn.conv_norm(conv, norm, wrong, residual)
+    with pytest.raises(ValueError, match="'gelu'"):
+        nn.conv_norm(conv, norm, x, activation="gelu")
+    # A batch that was refused does not count.
+    assert norm.num_batches_tracked.item() == 0 and not norm.running_mean.any()
+
+
+def test_a_pooling_that_overlaps_is_not_taken_into_a_batch_norm() -> None:
+    norm, pool = nn.BatchNorm2d(4), nn.MaxPool2d(3, 2, padding=1)
+    x = IMAGES.astype(np.float32)
+    np.testing.assert_array_equal(norm(x, pool=pool).data, pool(norm(x)).data)

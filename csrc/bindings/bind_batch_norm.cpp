@@ -1,7 +1,6 @@
 #include <pybind11/stl.h>
 
-#include <optional>
-
+#include "bindings/batch_norm.h"
 #include "bindings/operands.h"
 #include "core/check.h"
 #include "device/batch_norm.h"
@@ -9,8 +8,6 @@
 
 namespace fastconv::bindings {
 namespace {
-
-using MaybeArray = std::optional<Array>;
 
 // A vector over the channels, checked and dense; null if not given.
 class ChannelVector {
@@ -84,42 +81,55 @@ Array batch_norm_moments(const Array& x_in) {
   return moments;
 }
 
-// (count, mean, squares) of the batch, where x is a part of it or whoever made x has taken them.
-using GivenMoments = std::optional<std::tuple<int64_t, Array, Array>>;
+// (count, mean, squares) as Python gives them.
+using MomentArrays = std::optional<std::tuple<int64_t, Array, Array>>;
+
+class CheckedMoments {
+ public:
+  CheckedMoments(const MomentArrays& given, const Array& x) {
+    if (!given) return;
+    const TensorView x_view = view(x, "input");
+    const BatchNormProblem problem = make_batch_norm(x_view.dtype, shape4(x_view, "input"), 0, false);
+    mean_.emplace(MaybeArray(std::get<1>(*given)), "mean", problem, DType::kFloat64);
+    squares_.emplace(MaybeArray(std::get<2>(*given)), "squares", problem, DType::kFloat64);
+    moments_ = {std::get<0>(*given), mean_->doubles(), squares_->doubles()};
+  }
+  const GivenMoments& get() const { return moments_; }
+
+ private:
+  std::optional<ChannelVector> mean_, squares_;
+  GivenMoments moments_;
+};
 
 // The statistics of a batch in training: its moments, given or taken of x, and what follows from them.
 class BatchStatistics {
  public:
-  BatchStatistics(const BatchNormProblem& problem, const GivenMoments& given)
-      : problem_(problem), count_(given ? std::get<0>(*given) : problem.rows()) {
-    FC_CHECK(!given || (count_ >= problem.rows() && count_ != 1),
-             "the whole batch must have more than one value per channel and those of the input, got ", count_, " and ",
-             problem.rows());
-    if (given) {
-      mean_.emplace(MaybeArray(std::get<1>(*given)), "mean", problem, DType::kFloat64);
-      squares_.emplace(MaybeArray(std::get<2>(*given)), "squares", problem, DType::kFloat64);
-    }
+  BatchStatistics(const BatchNormProblem& problem, const GivenMoments& given) : problem_(problem), given_(given) {
+    FC_CHECK(!given || (given->count >= problem.rows() && given->count != 1),
+             "the whole batch must have more than one value per channel and those of the input, got ", given->count,
+             " and ", problem.rows());
   }
   // Without the GIL: mean and rstd, and the running statistics of a batch that is not empty.
   void take(const void* x, void* mean, void* rstd, double momentum, RunningVector& running_mean,
             RunningVector& running_var) const {
     const int64_t channels = std::max<int64_t>(problem_.channels(), 1);
     const Buffer variance(channels * itemsize(problem_.parameter_dtype())),
-        own(mean_ ? 0 : 2 * channels * sizeof(double));
-    device::Moments moments{count_, mean_ ? mean_->doubles() : own.as<double>(),
-                            mean_ ? squares_->doubles() : own.as<double>() + channels};
-    if (!mean_) device::batch_norm_moments(problem_, x, own.as<double>(), own.as<double>() + channels);
+        own(given_ ? 0 : 2 * channels * sizeof(double));
+    const device::Moments moments =
+        given_ ? *given_ : device::Moments{problem_.rows(), own.as<double>(), own.as<double>() + channels};
+    if (!given_) device::batch_norm_moments(problem_, x, own.as<double>(), own.as<double>() + channels);
     device::batch_norm_statistics(problem_, moments, mean, rstd, variance.as<void>());
-    if (count_ == 0) return;
+    if (moments.count == 0) return;
     running_mean.update(mean, momentum);
     running_var.update(variance.as<void>(), momentum);
   }
 
  private:
   const BatchNormProblem& problem_;
-  int64_t count_;
-  std::optional<ChannelVector> mean_, squares_;
+  const GivenMoments& given_;
 };
+
+}  // namespace
 
 std::tuple<Array, Array, Array> batch_norm_train(const Array& x_in, const MaybeArray& weight_in,
                                                  const MaybeArray& bias_in, const MaybeArray& mean_in,
@@ -147,6 +157,8 @@ std::tuple<Array, Array, Array> batch_norm_train(const Array& x_in, const MaybeA
   return {y.finish(), mean, rstd};
 }
 
+namespace {
+
 Array batch_norm_eval(const Array& x_in, const Array& mean_in, const Array& var_in, const MaybeArray& weight_in,
                       const MaybeArray& bias_in, double eps, const MaybeArray& residual_in,
                       const std::string& activation_name) {
@@ -168,6 +180,8 @@ Array batch_norm_eval(const Array& x_in, const Array& mean_in, const Array& var_
   }
   return y.finish();
 }
+
+}  // namespace
 
 using Gradients = std::tuple<MaybeArray, MaybeArray, MaybeArray, MaybeArray>;
 
@@ -211,6 +225,8 @@ Gradients batch_norm_backward(const Array& dy_in, const Array& x_in, const Maybe
   if (dresidual) std::get<3>(result) = dresidual->finish();
   return result;
 }
+
+namespace {
 
 std::tuple<Array, MaybeArray> batch_norm_backward_sums(const Array& dy_in, const Array& x_in,
                                                        const MaybeArray& weight_in, const Array& mean_in,
@@ -262,6 +278,8 @@ Array batch_norm_backward_input(const Array& dy_in, const Array& x_in, const May
   }
   return dx.finish();
 }
+
+}  // namespace
 
 std::tuple<Array, Array, Array, Array> batch_norm_max_pool_train(const Array& x_in, const MaybeArray& weight_in,
                                                                  const MaybeArray& bias_in, const MaybeArray& mean_in,
@@ -331,12 +349,18 @@ std::tuple<MaybeArray, MaybeArray, MaybeArray> batch_norm_max_pool_backward(
   return result;
 }
 
-}  // namespace
-
 void bind_batch_norm(py::module_& m) {
   using namespace py::literals;
-  m.def("batch_norm_train", &batch_norm_train, "x"_a, "weight"_a, "bias"_a, "running_mean"_a, "running_var"_a,
-        "momentum"_a, "eps"_a, "residual"_a, "activation"_a, "moments"_a);
+  m.def(
+      "batch_norm_train",
+      [](const Array& x, const MaybeArray& weight, const MaybeArray& bias, const MaybeArray& running_mean,
+         const MaybeArray& running_var, double momentum, double eps, const MaybeArray& residual,
+         const std::string& activation, const MomentArrays& moments) {
+        return batch_norm_train(x, weight, bias, running_mean, running_var, momentum, eps, residual, activation,
+                                CheckedMoments(moments, x).get());
+      },
+      "x"_a, "weight"_a, "bias"_a, "running_mean"_a, "running_var"_a, "momentum"_a, "eps"_a, "residual"_a,
+      "activation"_a, "moments"_a);
   m.def("batch_norm_moments", &batch_norm_moments, "x"_a);
   m.def("batch_norm_eval", &batch_norm_eval, "x"_a, "running_mean"_a, "running_var"_a, "weight"_a, "bias"_a, "eps"_a,
         "residual"_a, "activation"_a);
@@ -346,8 +370,16 @@ void bind_batch_norm(py::module_& m) {
         "residual"_a, "activation"_a);
   m.def("batch_norm_backward_input", &batch_norm_backward_input, "dy"_a, "x"_a, "weight"_a, "mean"_a, "rstd"_a, "sum"_a,
         "products"_a, "count"_a, "bias"_a, "activation"_a);
-  m.def("batch_norm_max_pool_train", &batch_norm_max_pool_train, "x"_a, "weight"_a, "bias"_a, "running_mean"_a,
-        "running_var"_a, "momentum"_a, "eps"_a, "activation"_a, "kernel_size"_a, "stride"_a, "moments"_a);
+  m.def(
+      "batch_norm_max_pool_train",
+      [](const Array& x, const MaybeArray& weight, const MaybeArray& bias, const MaybeArray& running_mean,
+         const MaybeArray& running_var, double momentum, double eps, const std::string& activation, Pair kernel,
+         Pair stride, const MomentArrays& moments) {
+        return batch_norm_max_pool_train(x, weight, bias, running_mean, running_var, momentum, eps, activation, kernel,
+                                         stride, CheckedMoments(moments, x).get());
+      },
+      "x"_a, "weight"_a, "bias"_a, "running_mean"_a, "running_var"_a, "momentum"_a, "eps"_a, "activation"_a,
+      "kernel_size"_a, "stride"_a, "moments"_a);
   m.def("batch_norm_max_pool_backward", &batch_norm_max_pool_backward, "dy"_a, "x"_a, "places"_a, "weight"_a, "mean"_a,
         "rstd"_a, "bias"_a, "activation"_a, "kernel_size"_a, "stride"_a, "needs"_a);
 }

@@ -105,6 +105,8 @@ Array channel_sums(const Array& dy_in, DType dtype) {
   return db;
 }
 
+}  // namespace
+
 using Gradients = std::tuple<MaybeArray, MaybeArray, MaybeArray>;
 
 Gradients conv2d_backward(const Array& dy, const Array& x, const Array& w, Pair stride, const Padding& padding,
@@ -121,6 +123,8 @@ Gradients conv2d_backward(const Array& dy, const Array& x, const Array& w, Pair 
   if (needs[2]) std::get<2>(out) = channel_sums(dy, problem.dtype);
   return out;
 }
+
+namespace {
 
 Conv2dProblem transpose_problem(const TensorView& x, const TensorView& w, Pair stride, Pair padding,
                                 Pair output_padding, Pair dilation, int64_t groups) {

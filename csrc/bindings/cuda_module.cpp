@@ -7,6 +7,7 @@ namespace fastconv::bindings {
 void bind_array(pybind11::module_& m);
 void bind_device(pybind11::module_& m);
 void bind_conv2d(pybind11::module_& m);
+void bind_conv2d_batch_norm(pybind11::module_& m);
 void bind_pool2d(pybind11::module_& m);
 void bind_batch_norm(pybind11::module_& m);
 void bind_response_norm(pybind11::module_& m);
@@ -30,6 +31,7 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
   fastconv::bindings::bind_array(m);
   fastconv::bindings::bind_device(m);
   fastconv::bindings::bind_conv2d(m);
+  fastconv::bindings::bind_conv2d_batch_norm(m);
   fastconv::bindings::bind_pool2d(m);
   fastconv::bindings::bind_batch_norm(m);
   fastconv::bindings::bind_response_norm(m);

@@ -5,6 +5,7 @@
 namespace fastconv::bindings {
 void bind_runtime(pybind11::module_& m);
 void bind_conv2d(pybind11::module_& m);
+void bind_conv2d_batch_norm(pybind11::module_& m);
 void bind_pool2d(pybind11::module_& m);
 void bind_batch_norm(pybind11::module_& m);
 void bind_response_norm(pybind11::module_& m);
@@ -28,6 +29,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   });
   fastconv::bindings::bind_runtime(m);
   fastconv::bindings::bind_conv2d(m);
+  fastconv::bindings::bind_conv2d_batch_norm(m);
   fastconv::bindings::bind_pool2d(m);
   fastconv::bindings::bind_batch_norm(m);
   fastconv::bindings::bind_response_norm(m);

@@ -16,6 +16,7 @@ import numpy as np
 from fastconv import cuda, init, ops
 from fastconv.ops._arrays import like, pair
 from fastconv.ops.conv import ConvSizes, conv2d_gradients, conv2d_of_sizes, conv_sizes
+from fastconv.ops.conv_norm import conv2d_batch_norm_backward, conv2d_batch_norm_train
 from fastconv.ops.dropout import check_mode, check_probability
 from fastconv.tensor import (
     Array,
@@ -95,26 +96,43 @@ def convolve(
     return apply(y, inputs, backward)
 
 
-def conv2d_moments(
+def conv2d_batch_norm(
     x: Input,
     weight: Input,
-    bias: Input | None = None,
-    stride: Pair = 1,
-    padding: Padding = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
-) -> tuple[Tensor, Moments]:
-    """conv2d, and the moments of the result for the batch norm behind it: ops.conv2d_moments."""
-    inputs = (as_tensor(x), as_tensor(weight), optional_tensor(bias))
-    xd, wd, bd = cuda.compute_operands(*map(_data, inputs))
-    sizes = (stride, padding, dilation, groups)
-    y, moments = ops.conv2d_moments(xd, wd, bd, *sizes)
+    bias: Input | None,
+    sizes: ConvSizes,
+    norm_weight: Input | None,
+    norm_bias: Input | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Input | None = None,
+    activation: str | None = None,
+    pool: tuple[tuple[int, int], tuple[int, int]] | None = None,
+) -> Tensor:
+    """`convolve`, then `batch_norm` in training, or `batch_norm_max_pool2d` with pool = (kernel
+    size, stride) and no residual: their values, as one recorded operation.
+
+    On a CUDA device the convolution takes the statistics before it stores its result.
+    """
+    check_activation(activation)
+    convolved = (as_tensor(x), as_tensor(weight), optional_tensor(bias))
+    inputs = (*convolved, *map(optional_tensor, (norm_weight, norm_bias, residual)))
+    xd, wd, bd = cuda.compute_operands(*map(_data, convolved))
+    gamma, beta, rd = map(_data, inputs[3:])
+    y, z, mean, rstd, places = conv2d_batch_norm_train(
+        xd, wd, bd, sizes, gamma, beta, running_mean, running_var, momentum, eps,
+        rd, activation, pool,
+    )  # fmt: skip
 
     def backward(dy: Array, needs: Needs) -> Sequence[Array | None]:
-        return ops.conv2d_backward(dy, xd, wd, *sizes, needs=needs)
+        return conv2d_batch_norm_backward(
+            dy, xd, wd, z, sizes, gamma, beta, mean, rstd, rd, activation, places, pool, needs
+        )
 
-    count = y.shape[0] * y.shape[2] * y.shape[3]
-    return apply(y, inputs, backward), (count, moments[0], moments[1])
+    return apply(y, inputs, backward)
 
 
 def conv_transpose2d(

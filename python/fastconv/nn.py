@@ -319,18 +319,13 @@ class _BatchNorm(Module):
             raise ValueError(
                 f"{type(self).__name__} needs {dimensions} dimensions, got shape {x.shape}"
             )
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.num_batches_tracked is not None:
-            if isinstance(self.num_batches_tracked, np.ndarray):
-                # In place; numpy's addition would take longer than small layers.
-                self.num_batches_tracked.fill(self.num_batches_tracked.item() + 1)
-            else:
-                self.num_batches_tracked += 1
-            if self.momentum is None:  # the plain average of all batches so far
-                momentum = 1.0 / float(self.num_batches_tracked)
         training = self.training or self.running_mean is None
-        if pool is not None and training and self.communicator is None and residual is None:
-            return F.batch_norm_max_pool2d(
+        momentum = self._share_of_batch()
+        pooled = None
+        if training and self.communicator is None and residual is None:
+            pooled = _fused_windows(pool)
+        if pooled is not None:
+            y = F.batch_norm_max_pool2d(
                 x,
                 self.running_mean,
                 self.running_var,
@@ -338,26 +333,45 @@ class _BatchNorm(Module):
                 self.bias,
                 momentum,
                 self.eps,
-                kernel_size=pool.kernel_size,
-                stride=pool.stride,
+                kernel_size=pooled[0],
+                stride=pooled[1],
                 activation=activation or self.activation,
                 moments=moments,
             )
-        y = F.batch_norm(
-            x,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            training,
-            momentum,
-            self.eps,
-            residual=residual,
-            activation=activation or self.activation,
-            communicator=self.communicator,
-            moments=moments,
-        )
-        return y if pool is None else pool(y)
+        else:
+            y = F.batch_norm(
+                x,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                training,
+                momentum,
+                self.eps,
+                residual=residual,
+                activation=activation or self.activation,
+                communicator=self.communicator,
+                moments=moments,
+            )
+        self._count_batch()
+        return y if pool is None or pooled is not None else pool(y)
+
+    def _share_of_batch(self) -> float:
+        """The share of the next batch in the running statistics."""
+        if self.momentum is not None:
+            return self.momentum
+        if not self.training or self.num_batches_tracked is None:
+            return 0.0
+        return 1.0 / (float(self.num_batches_tracked) + 1.0)  # the plain average of all batches
+
+    def _count_batch(self) -> None:
+        if not self.training or self.num_batches_tracked is None:
+            return
+        if isinstance(self.num_batches_tracked, np.ndarray):
+            # In place; numpy's addition would take longer than small layers.
+            self.num_batches_tracked.fill(self.num_batches_tracked.item() + 1)
+        else:
+            self.num_batches_tracked += 1
 
     def extra_repr(self) -> str:
         return (
@@ -826,31 +840,43 @@ def conv_norm(
 
     For a `Conv2d` and a batch norm in evaluation this is one convolution, with the batch norm
     folded into its weights, as long as no gradient is recorded and neither layer has hooks: see
-    `fastconv.folding`. On a CUDA device a batch norm in training has its statistics from the
-    convolution, which takes them before it stores the result. Otherwise the layers are called one
-    after the other.
+    `fastconv.folding`. In training, without hooks, it is one recorded operation,
+    `functional.conv2d_batch_norm`. Otherwise the layers are called one after the other.
     """
     x, residual = F.as_tensor(x), F.optional_tensor(residual)
-    folding = _norm_of(conv, norm)
-    if folding is not None and not folding.training and folding.running_mean is not None:
+    batch_norm = _norm_of(conv, norm)
+    if batch_norm is not None and batch_norm.training and batch_norm.communicator is None:
         assert isinstance(conv, Conv2d)
-        inputs = (x, residual, conv.weight, conv.bias, folding.weight, folding.bias)
-        if on_cpu(*inputs) and not records(inputs):
+        pooled = None if residual is not None else _fused_windows(pool)
+        y = F.conv2d_batch_norm(
+            x,
+            conv.weight,
+            conv.bias,
+            conv._kept.sizes_of(conv),
+            batch_norm.weight,
+            batch_norm.bias,
+            batch_norm.running_mean,
+            batch_norm.running_var,
+            batch_norm._share_of_batch(),
+            batch_norm.eps,
+            residual=residual,
+            activation=activation or batch_norm.activation,
+            pool=pooled,
+        )
+        batch_norm._count_batch()
+        return y if pool is None or pooled is not None else pool(y)
+    if batch_norm is not None and batch_norm.running_mean is not None:
+        assert isinstance(conv, Conv2d)
+        inputs = (x, residual, conv.weight, conv.bias, batch_norm.weight, batch_norm.bias)
+        if on_cpu(*inputs) and not batch_norm.training and not records(inputs):
             F.check_activation(activation)
-            activation = activation or folding.activation
-            folded = conv._kept.forward(conv, folding, x, residual, activation)
+            activation = activation or batch_norm.activation
+            folded = conv._kept.forward(conv, batch_norm, x, residual, activation)
             return folded if pool is None else pool(folded)
     given = {"residual": residual, "activation": activation, "pool": pool}
     options = {name: value for name, value in given.items() if value is not None}
-    if folding is not None and folding.training and folding.communicator is None and not on_cpu(x):
-        assert isinstance(conv, Conv2d)
-        x, options["moments"] = F.conv2d_moments(
-            x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
-        )
-    else:
-        x = conv(x)
-    y: Tensor = norm(x, **options)
-    return y
+    z: Tensor = norm(conv(x), **options)
+    return z
 
 
 def _norm_of(conv: Module, norm: Module) -> _BatchNorm | None:
@@ -878,17 +904,27 @@ def _fusable(layer: Module, following: Module) -> str | None:
 
 
 def _poolable(layer: Module, following: Module) -> bool:
-    """Whether the batch norm `layer` can apply the pooling `following` in its own pass."""
-    if type(layer) is not BatchNorm2d or layer._forward_hooks:
-        return False
-    if type(following) is not MaxPool2d or following._forward_hooks:
-        return False
-    kernel, stride = pair(following.kernel_size, "kernel_size"), pair(following.stride, "stride")
+    """Whether the batch norm `layer` takes the pooling `following` as its `pool`."""
     return (
+        type(layer) is BatchNorm2d
+        and type(following) is MaxPool2d
+        and not layer._forward_hooks
+        and not following._forward_hooks
+        and not following.return_indices
+    )
+
+
+def _fused_windows(pool: MaxPool2d | None) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """Kernel size and stride of `pool` if a batch norm can apply it in its own pass."""
+    if pool is None or type(pool) is not MaxPool2d or pool._forward_hooks:
+        return None
+    kernel, stride = pair(pool.kernel_size, "kernel_size"), pair(pool.stride, "stride")
+    fits = (
         all(s >= k for k, s in zip(kernel, stride, strict=True))
         and math.prod(kernel) <= 256
-        and following.padding in (0, (0, 0))
-        and following.dilation in (1, (1, 1))
-        and not following.return_indices
-        and not following.ceil_mode
+        and pool.padding in (0, (0, 0))
+        and pool.dilation in (1, (1, 1))
+        and not pool.return_indices
+        and not pool.ceil_mode
     )
+    return (kernel, stride) if fits else None
