@@ -35,6 +35,7 @@ SHAPES = [
     ConvCase("depthwise", 2, 40, 9, 11, 40, 3, 3, padding=1, groups=40),
     ConvCase("depthwise_5x5_s2", 2, 24, 12, 9, 24, 5, 5, 2, 2, groups=24),
     ConvCase("one_pixel", 3, 8, 1, 1, 8, 1, 1),
+    ConvCase("264_channels", 1, 264, 4, 5, 8, 3, 3, padding=1),  # 8 beyond whole tiles of dw
 ]
 LAYERS = [
     replace(layer, n=2)
@@ -111,6 +112,17 @@ def test_exact_sums(name: str, case: ConvCase, dtype: str) -> None:
     for role, result in found.items():
         got = cuda.to_numpy(result).astype(np.float32)
         np.testing.assert_array_equal(got, rounded(expected[role], dtype), role)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_input_channels_the_bias_is_left(dtype: str, groups: int) -> None:
+    x, w = np.zeros((2, 0, 4, 5), np.float32), np.zeros((16, 0, 3, 3), np.float32)
+    bias = np.arange(16, dtype=np.float32) - 8
+    given = (cuda.array(a, dtype) for a in (x, w, bias))
+    y = cuda.to_numpy(fastconv.conv2d(*given, padding=1, groups=groups, activation="relu"))
+    expected = np.broadcast_to(np.maximum(bias, 0)[:, None, None], (2, 16, 4, 5))
+    np.testing.assert_array_equal(y.astype(np.float32), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

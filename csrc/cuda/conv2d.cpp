@@ -63,6 +63,8 @@ bool tf32_allowed() { return tf32 && !strict; }
 
 void conv2d_forward(const Conv2dProblem& problem, const ForwardArguments& args) {
   if (elements(problem.y_shape()) == 0) return args.moments ? read_moments(problem, args) : void();
+  // Of no input channels: the plain loops define an empty sum.
+  if (problem.empty()) return simt::forward(problem, args);
   select(kForward, problem, forced_algorithm).run(problem, args);
 }
 
@@ -75,7 +77,6 @@ void conv2d_backward_input(const Conv2dProblem& problem, const BackwardInputArgu
 
 void conv2d_backward_weight(const Conv2dProblem& problem, const BackwardWeightArguments& args) {
   if (elements(problem.w_shape()) == 0) return;
-  // The plain loops define an empty sum, too.
   if (problem.empty()) return simt::backward_weight(problem, args);
   select(kBackwardWeight, problem, forced_algorithm).run(problem, args);
 }

@@ -9,11 +9,18 @@
 namespace fastconv::cuda::sm90 {
 namespace {
 
-// Only code for sm_90a has these instructions; for others the kernels are empty, and never started.
+// Only code for sm_90a has these instructions; in other code the kernels fail, and `declines` keeps them from running.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define FC_ON_HOPPER(...) __VA_ARGS__
 #else
-#define FC_ON_HOPPER(...)
+#define FC_ON_HOPPER(...) __trap();
+#endif
+
+// FASTCONV_CUDA_SM90A: the build has code for sm_90a (cmake/cuda.cmake).
+#ifdef FASTCONV_CUDA_SM90A
+constexpr bool kHopperCode = true;
+#else
+constexpr bool kHopperCode = false;
 #endif
 
 template <class T, int kM, int kN, int kStages, bool kBackward> struct Convolve {
@@ -46,8 +53,10 @@ template <class Function> Function driver_function(const char* name) {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult state{};
   const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &state);
-  if (error != cudaSuccess || state != cudaDriverEntryPointSuccess || found == nullptr)
+  if (error != cudaSuccess || state != cudaDriverEntryPointSuccess || found == nullptr) {
+    cudaGetLastError();  // must not be reported again by the next launch
     throw DeviceError(concat("the CUDA driver has no ", name));
+  }
   return reinterpret_cast<Function>(found);
 }
 
@@ -86,13 +95,24 @@ CUtensorMap encode(const TensorMapPlan& plan) {
   return map;
 }
 
+// The driver's functions need a current context, which a thread has from its first call of the runtime on.
+void make_context_current() {
+  static thread_local bool current = false;
+  if (current) return;
+  cudaSetDevice(0);
+  check_launch("cudaSetDevice");
+  current = true;
+}
+
 #else
 
 TensorMap encode(const TensorMapPlan& plan) { return plan; }
+void make_context_current() {}
 
 #endif
 
 Maps<TensorMap> encode(const Maps<TensorMapPlan>& plans) {
+  make_context_current();
   Maps<TensorMap> maps{};
   for (int i = 0; i < kMostPhases; ++i) maps.source[i] = encode(plans.source[i]);
   maps.other = encode(plans.other);
@@ -150,6 +170,7 @@ void run(const Conv2dProblem& a, TensorMapPlan::Numbers numbers, const Operands&
 }
 
 const char* declines(const Conv2dProblem& a, bool backward_input) {
+  if (!emulated() && !kHopperCode) return "built without code for sm_90a";
   if (!emulated() && device_info().major != 9) return "not a Hopper GPU";
   if (a.dtype != DType::kFloat16 && a.dtype != DType::kBFloat16) return "not bfloat16 or float16";
   if (a.groups != 1) return "groups";

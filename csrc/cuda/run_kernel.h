@@ -8,6 +8,8 @@
 //   run_kernel<Example>({x, y, z}, arguments);
 #pragma once
 
+#include <atomic>
+
 #include "cuda/device.h"
 #include "cuda/launch.h"
 #include "cuda/machine.h"
@@ -28,10 +30,12 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSM)
 }
 
 template <class Kernel> void run_kernel(Grid grid, const typename Kernel::Arguments& arguments) {
-  static const cudaError_t allowed =
-      cudaFuncSetAttribute(machine_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes);
-  if (allowed != cudaSuccess)
-    throw DeviceError(std::string("shared memory of a kernel: ") + cudaGetErrorString(allowed));
+  static std::atomic<bool> allowed{false};  // by a call that succeeded: a failure may pass
+  if (!allowed) {
+    cudaFuncSetAttribute(machine_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes);
+    check_launch("cudaFuncSetAttribute");
+    allowed = true;
+  }
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
   machine_entry<Kernel><<<blocks, Kernel::kThreads, Kernel::kSharedBytes, current_stream()>>>(arguments);
   check_launch(__PRETTY_FUNCTION__);
