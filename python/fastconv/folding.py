@@ -55,6 +55,8 @@ class _Kept(NamedTuple):
 
 def on_cpu(*tensors: Tensor | None) -> bool:
     """Whether all lie on the CPU, which alone folds and keeps weights."""
+    if not cuda.in_use():
+        return True  # the usual case, for a microsecond a layer
     return not any(
         t is not None and cuda.is_device_array(ARRAY_OF_PARAMETER.__get__(t)) for t in tensors
     )
@@ -125,13 +127,18 @@ class KeptWeights:
 
 def _vectors(bias: Parameter | None, norm: _BatchNorm | None) -> list[Array]:
     """Bias of the convolution, mean, variance, weight and bias of the norm."""
-    parameters, mean, var = [bias], _NONE, _NONE
-    if norm is not None:
-        assert norm.running_mean is not None and norm.running_var is not None
-        parameters += [norm.weight, norm.bias]
-        mean, var = norm.running_mean, norm.running_var
-    first, *others = (_NONE if p is None else array_of(p) for p in parameters)
-    return [first, mean, var, *others]
+    own = _NONE if bias is None else array_of(bias)
+    if norm is None:
+        return [own, _NONE, _NONE]
+    weight, shift = norm.weight, norm.bias
+    assert norm.running_mean is not None and norm.running_var is not None
+    return [
+        own,
+        norm.running_mean,
+        norm.running_var,
+        _NONE if weight is None else array_of(weight),
+        _NONE if shift is None else array_of(shift),
+    ]
 
 
 def _folded(
