@@ -17,7 +17,7 @@ namespace {
 // A packed band should stay in L2 beside the weight panel that runs over it.
 constexpr int64_t kBandFloats = 48 * 1024;
 // Channel blocks of several groups that share a band, so that a pixel is fetched several cache lines at a time.
-constexpr int64_t kGroupBlocks = 4;
+constexpr int64_t kGroupBlocks = 16;
 // Chunks wanted at least, so that many cores find work.
 constexpr int64_t kMinChunks = 32;
 // Under so few bands the weights come from memory, and are fetched ahead.

@@ -207,7 +207,7 @@ void backward_input(const Conv2dProblem& a, const BackwardInputArguments& args) 
 namespace {
 
 // The weight gradient: pixels of a block, chunks wanted.
-constexpr int64_t kGradientPixels = 192, kGradientChunks = 16;
+constexpr int64_t kGradientPixels = 192, kGradientChunks = 16, kEnoughChunks = 12;
 
 void copy(const float* from, int64_t count, float* to) {
   if (count == kBlock)
@@ -271,17 +271,21 @@ class WeightGradient {
         dw_group_(a.kg() * args.dw.strides[0]),
         rows_{static_cast<const float*>(args.dy), output_pixels(a), a.kg(), args.dw.strides[0]},
         lanes_{static_cast<const float*>(args.x), input_pixels(a), a.cg(), args.dw.strides[1]} {
-    // Transposing costs more than copying, so it is for the one with fewer channels.
-    if (pack_ && rows_.channels > lanes_.channels && Blocks::is_dense(a)) std::swap(rows_, lanes_);
+    // Transposing costs more than copying, so it is for the one with fewer channels. In place, 24 channels would leave
+    // a quarter of their vectors' lanes idle.
+    const auto sums = [&](const Factor& rows, const Factor& lanes) {
+      return rows.channels * ceil_divide(lanes.channels, k_.lanes);
+    };
+    if (pack_ ? rows_.channels > lanes_.channels && Blocks::is_dense(a) : sums(rows_, lanes_) > sums(lanes_, rows_))
+      std::swap(rows_, lanes_);
     const auto slots_of = [&](int64_t block) {
       return groups_ * ceil_divide(rows_.channels, block) * ceil_divide(lanes_.channels, block);
     };
-    // Few channels where that makes enough chunks without partial sums, and only that does.
-    constexpr int64_t kLarge = 256, kSmall = 128;
-    block_ = slots_of(kLarge) < kGradientChunks && slots_of(kSmall) >= kGradientChunks ? kSmall : kLarge;
+    block_ = channels_at_once(slots_of);
     slots_ = slots_of(block_);
     // Each part of the pixels beyond the first costs a partial sum of the size of dw; they are added in order.
-    parts_ = std::clamp<int64_t>(ceil_divide(kGradientChunks, slots_), 1, blocks_.count());
+    parts_ =
+        slots_ >= kEnoughChunks ? 1 : std::clamp<int64_t>(ceil_divide(kGradientChunks, slots_), 1, blocks_.count());
   }
 
   void run() const {
@@ -329,6 +333,16 @@ class WeightGradient {
     }
   };
 
+  // Channels of a block of dw, of either factor.
+  template <class SlotsOf> int64_t channels_at_once(SlotsOf slots_of) const {
+    constexpr int64_t kMost = 256, kFewer = 128, kLeast = 64, kFewBlocks = 9;
+    if (slots_of(kMost) >= kEnoughChunks) return kMost;
+    const bool enough = slots_of(kFewer) >= kEnoughChunks;
+    // Every block packs its own, so there are more of them only where that saves all partial sums.
+    if (pack_) return enough ? kFewer : kMost;
+    // Of many pixels, reading a few cache lines of each takes longer than the partial sums.
+    return enough || blocks_.count() > kFewBlocks ? kFewer : kLeast;
+  }
   bool worth_packing(const Conv2dProblem& a) const {
     constexpr int64_t kManySums = 16, kManyChannels = 24;
     return k_.strip_sums < kManySums && std::min(a.kg(), a.cg()) >= kManyChannels;

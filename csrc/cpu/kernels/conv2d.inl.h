@@ -125,12 +125,17 @@ template <int V, int ROWS, int P> void direct_tile(const DirectTile& t) {
 
 void pack_pixels(const float* src, int64_t src_step, int64_t pixels, int64_t channels, float* dst,
                  int64_t block_stride) {
+  // The hardware does not foresee pixels that lie far apart: groups at stride 2. Those closer take no less time.
+  constexpr int64_t kAhead = 3;
+  const bool apart = src_step > 2 * channels;
   for (int64_t p = 0; p < pixels; ++p) {
     const float* s = src + p * src_step;
     float* d = dst + p * kBlock;
     int64_t c = 0;
-    for (; c + kBlock <= channels; c += kBlock, d += block_stride)
+    for (; c + kBlock <= channels; c += kBlock, d += block_stride) {
+      if (apart) prefetch(s + kAhead * src_step + c);
       for (int i = 0; i < kBlock; i += kLanes) store(d + i, load(s + c + i));
+    }
     if (c < channels)
       for (int i = 0; i < kBlock; i += kLanes) {
         const int64_t n = channels - c - i;
