@@ -173,7 +173,7 @@ def test_dense_block_finds_shared_statistics_once(monkeypatch: pytest.MonkeyPatc
     first: Any = next(iter(shared.train().children()))
     first.norm1.eval()
     shared(x[0])
-    assert seen == [False] * 5  # where a layer has statistics of its own kind, none are shared
+    assert seen == [False] * 2  # where a layer has statistics of its own kind, none are shared
 
 
 def test_initial_weights_of_vgg(monkeypatch: pytest.MonkeyPatch) -> None:

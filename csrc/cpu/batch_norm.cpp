@@ -39,10 +39,11 @@ template <class Body> void for_blocks(Range range, int64_t channels, Body&& body
 }
 
 // body(first row, rows) in parallel over rows that own their outputs. Backwards: the pass before has left the end of
-// the arrays in cache.
+// each thread's share in its cache.
 template <class Body> void parallel_rows(int64_t rows, int64_t channels, Body&& body) {
-  parallel_ranges(rows, std::max<int64_t>(kChunkElements / 4 / std::max<int64_t>(channels, 1), 1),
-                  [&](int64_t begin, int64_t end) { body(rows - end, end - begin); });
+  parallel_ranges(
+      rows, std::max<int64_t>(kChunkElements / 4 / std::max<int64_t>(channels, 1), 1),
+      [&](int64_t begin, int64_t end) { body(begin, end - begin); }, Order::kBackwards);
 }
 
 // The sums of all chunks in order: [chunks][channels] of doubles to totals[channels].
@@ -316,14 +317,16 @@ void backward_max_pool(const BatchNormProblem& a, const BatchNormArguments& args
   const Subtracted<T> terms(channels, args, totals, totals + channels, a.rows());
   const bool streaming = worth_streaming(a, dx);
   // Backwards, as parallel_rows.
-  parallel_ranges(bands.count(), std::max<int64_t>(kChunkElements / 4 * bands.count() / (a.rows() * channels), 1),
-                  [&](int64_t begin, int64_t end) {
-                    for (int64_t band = bands.count() - end; band < bands.count() - begin; ++band) {
-                      PoolRow<T> row = bands.backward_row(band, x, dy, places, dx);
-                      row.streaming = streaming;
-                      kernel.pooled_input[activation](row, vectors, terms.mean_dz, terms.slope);
-                    }
-                  });
+  parallel_ranges(
+      bands.count(), std::max<int64_t>(kChunkElements / 4 * bands.count() / (a.rows() * channels), 1),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t band = begin; band < end; ++band) {
+          PoolRow<T> row = bands.backward_row(band, x, dy, places, dx);
+          row.streaming = streaming;
+          kernel.pooled_input[activation](row, vectors, terms.mean_dz, terms.slope);
+        }
+      },
+      Order::kBackwards);
 }
 
 }  // namespace

@@ -212,10 +212,7 @@ void run(const DirectProblem& d, const std::vector<AxisTaps>& row_axes, const st
   parallel_for(
       bands * panel_parts,
       [&](int64_t i, int thread) {
-        // As many bands as there are threads take turns, so that a thread is likely to stay with its own.
-        const int64_t turn = i / (threads * panel_parts), at = i % (threads * panel_parts);
-        const int64_t turns = std::min<int64_t>(threads, bands - turn * threads);
-        const int64_t index = turn * threads + at % turns, part = at / turns;
+        const int64_t index = i / panel_parts, part = i % panel_parts;
         const Range groups = split(d.groups, group_parts, index % group_parts);
         Band& band = packed[thread].band;
         if (std::exchange(packed[thread].index, index) != index) {
@@ -229,8 +226,8 @@ void run(const DirectProblem& d, const std::vector<AxisTaps>& row_axes, const st
             d,  band,   range_of(index), nullptr, std::vector<DirectTile::Tap>(rows.taps.size() * columns.taps.size()),
             {}, nullptr};
         // The band that this thread is likely to take next is fetched meanwhile.
-        if (d.groups == 1 && part == panel_parts - 1 && index + threads < bands)
-          work.upcoming = source_rows(d.source, rows, range_of(index + threads));
+        if (d.groups == 1 && part == panel_parts - 1 && index + 1 < bands)
+          work.upcoming = source_rows(d.source, rows, range_of(index + 1));
         DirectTile t{};
         t.taps = work.taps.data();
         t.blocks = blocks;
@@ -239,8 +236,6 @@ void run(const DirectProblem& d, const std::vector<AxisTaps>& row_axes, const st
         t.low = d.epilogue.low, t.high = d.epilogue.high;
         t.streaming = d.streaming;
         const Range mine = split(panels.count(), panel_parts, part);
-        // Where several threads share a band, others take the panels that come next.
-        const int64_t skipped = (threads / turns - 1) * (mine.end - mine.begin) * weights.panel_floats;
         for (int64_t g = groups.begin; g < groups.end; ++g) {
           work.x = band.data() + (g - groups.begin) * blocks * band.block_stride();
           for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
@@ -248,13 +243,11 @@ void run(const DirectProblem& d, const std::vector<AxisTaps>& row_axes, const st
             t.bias = d.epilogue.bias ? d.epilogue.bias + channel : nullptr;
             t.channels = panels.channels(panel);
             t.w = weights.panel(g * panels.count() + panel);
-            int64_t phases = row_phases.size() * column_phases.size();
             for (const Phase& row_phase : row_phases)
               for (const Phase& column_phase : column_phases) {
                 const int64_t floats = row_phase.axis.taps.size() * column_phase.axis.taps.size() * ins * width;
                 work.next_weights = t.w;
-                if (bands <= kFewBands)
-                  work.next_weights += floats + (--phases == 0 && panel + 1 == mine.end ? skipped : 0);
+                if (bands <= kFewBands) work.next_weights += floats;
                 run_phase(work, row_phase, column_phase, channel, k.direct[width / panels.lanes - 1], t, ins * width);
                 t.w += floats;
               }

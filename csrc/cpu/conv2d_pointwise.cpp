@@ -125,9 +125,7 @@ template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& 
           const int64_t channel = panel * k.tile_k;
           t.w = weights.panel(g * panels.count() + panel);
           // What this thread wants next is fetched while it uses these.
-          const int64_t following =
-              panel + 1 < mine.end ? panel + 1 : panel + 1 + (threads - 1) * (mine.end - mine.begin);
-          const int64_t next_floats = few && following < panels.count() ? d.ins * panels.width(panel) : 0;
+          const int64_t next_floats = few && panel + 1 < panels.count() ? d.ins * panels.width(panel) : 0;
           t.bias = d.epilogue.bias ? d.epilogue.bias + g * d.outs + channel : nullptr;
           t.channels = panels.channels(panel);
           const auto* tile = k.strip[panels.width(panel) / k.lanes - 1];
@@ -150,7 +148,7 @@ template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& 
               t.y = d.y + at;
               t.residual = d.epilogue.residual ? d.epilogue.residual + at : nullptr;
               const int64_t ahead = (row * tiles + j) * d.ins * kBlock;
-              t.next_w = ahead < next_floats ? t.w + (following - panel) * weights.panel_floats + ahead : nullptr;
+              t.next_w = ahead < next_floats ? t.w + weights.panel_floats + ahead : nullptr;
               tile[count - 1](t);
               fill(n, Range{rows.begin + row, rows.begin + row + 1},
                    Range{columns.begin + pixels.begin, columns.begin + pixels.end}, g * d.outs + channel, t.channels);
