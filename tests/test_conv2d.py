@@ -421,8 +421,11 @@ def test_every_implementation_is_exercised(algorithm):
             data = conv_data(case)
             calls = (
                 lambda d=data, c=case: fc.conv2d(d.x, d.w, **c.arguments),
-                lambda d=data, c=case: fc.conv2d_backward(
-                    d.dy, d.x, d.w, **c.arguments, needs=(True, False, False)
+                *(
+                    lambda d=data, c=case, n=needs: fc.conv2d_backward(
+                        d.dy, d.x, d.w, **c.arguments, needs=n
+                    )
+                    for needs in ((True, False, False), (False, True, False))
                 ),
             )
             accepted += any(accepts(call) for call in calls)

@@ -79,15 +79,18 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
   const auto& k = kernels().conv2d;
   const auto* dy = static_cast<const float*>(args.dy);
   const PaddedRows source(a, a.q);
-  const int64_t taps = a.s * a.c, panel_floats = a.r * taps * k.lanes;
+  const int64_t taps = a.s * a.c;
+  // Two vectors at once where the taps of a row do not fit the registers with one, and no vector would be idle.
+  const int64_t vectors = taps > k.strip_sums && ceil_divide(a.k, k.lanes) % 2 == 0 ? 2 : 1;
+  const int64_t width = vectors * k.lanes, panel_floats = a.r * taps * width;
   StripWeightTile shape{};
   shape.a_step = source.step(), shape.a_row_step = source.output_row(), shape.a_tap_step = source.tap_row();
   shape.columns = a.q;
   shape.tap_rows = a.r, shape.taps = taps;
-  shape.acc_step = k.lanes;
+  shape.vectors = vectors, shape.acc_step = width;
   shape.next = dy;  // its next row is fetched anyway
   const Buffer sums = sum_gradient(
-      a, dy, panel_floats, kChunks, [&](int64_t rows) { return source.rows(rows) * source.row_floats(); },
+      a, dy, width, panel_floats, kChunks, [&](int64_t rows) { return source.rows(rows) * source.row_floats(); },
       [&](int64_t n, Range rows, float* packed) { source.pack(static_cast<const float*>(args.x), n, rows, packed); },
       [&](const float* packed, const GradientRows& part, float* acc) {
         StripWeightTile t = shape;
@@ -98,8 +101,8 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
         t.acc = acc;
         k.strip_weight_tile(t);
       });
-  for (int64_t o = 0, i = 0; o < a.k; o += k.lanes, ++i)
-    for_panel(a, args.dw, o, std::min(k.lanes, a.k - o), k.lanes,
+  for (int64_t o = 0, i = 0; o < a.k; o += width, ++i)
+    for_panel(a, args.dw, o, std::min(width, a.k - o), width,
               [&](int64_t to, int64_t from) { args.dw.as<float>()[to] = sums.as<float>()[i * panel_floats + from]; });
 }
 

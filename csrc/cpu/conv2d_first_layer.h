@@ -77,29 +77,29 @@ void for_panel(const Conv2dProblem& a, const TensorView& w, int64_t first, int64
                 ((r * a.s + s) * a.c + c) * width + o);
 }
 
-// Some rows of one image, for one vector of channels of the weight gradient.
+// Some rows of one image, for one panel of channels of the weight gradient.
 struct GradientRows {
   int64_t rows, after;  // how many, and how many of the chunk come before them
   const float* dy;
   int64_t dy_pixel;
-  const float* next;  // dy wanted next: the share that this vector fetches of the following rows
+  const float* next;  // dy wanted next: the share that this panel fetches of the following rows
 };
 
-// The sums of a weight gradient, panel_floats for each vector of channels, over all rows of dy in at most `most_parts`
-// parts, which are then added in order. A part cuts its rows into chunks: prepare(image, rows, scratch) makes of x what
-// a chunk reads, scratch_floats(rows) of it at most; add(scratch, rows of it, sums) is called with sums that began as
-// 0.
+// The sums of a weight gradient, panel_floats for each panel of `width` channels, whole vectors, over all rows of dy in
+// at most `most_parts` parts, which are then added in order. A part cuts its rows into chunks: prepare(image, rows,
+// scratch) makes of x what a chunk reads, scratch_floats(rows) of it at most; add(scratch, rows of it, sums) is called
+// with sums that began as 0.
 template <class ScratchFloats, class Prepare, class Add>
-Buffer sum_gradient(const Conv2dProblem& a, const float* dy, int64_t panel_floats, int64_t most_parts,
+Buffer sum_gradient(const Conv2dProblem& a, const float* dy, int64_t width, int64_t panel_floats, int64_t most_parts,
                     ScratchFloats&& floats_of, Prepare&& prepare, Add&& add) {
   const auto& k = kernels().conv2d;
   const Bands bands(a.n, a.p, 1, 32);
-  const int64_t panels = ceil_divide(a.k, k.lanes), part_floats = panels * panel_floats;
+  const int64_t panels = ceil_divide(a.k, width), part_floats = panels * panel_floats;
   const int64_t parts = std::min(bands.count(), most_parts);
   const int64_t step_rows = std::clamp<int64_t>(kGradientPixels / a.q, 1, bands.band);
   const int64_t x_floats = floats_of(bands.band);
-  // Channels that do not fill a vector are copied to where zeros fill it.
-  const int64_t scratch_floats = x_floats + (a.k % k.lanes == 0 ? 0 : step_rows * a.q * k.lanes);
+  // Channels that do not fill a panel are copied to where zeros fill it.
+  const int64_t scratch_floats = x_floats + (a.k % width == 0 ? 0 : step_rows * a.q * width);
   Buffer sums(parts * part_floats * sizeof(float));
   const int threads = num_threads();
   Buffer scratch(threads * scratch_floats * sizeof(float));
@@ -116,15 +116,14 @@ Buffer sum_gradient(const Conv2dProblem& a, const float* dy, int64_t panel_float
           prepare(n, rows, prepared);
           for (int64_t p = rows.begin; p < rows.end; p += step_rows)
             for (int64_t panel = 0; panel < panels; ++panel) {
-              const int64_t valid = std::min(k.lanes, a.k - panel * k.lanes);
+              const int64_t valid = std::min(width, a.k - panel * width);
               const float* first = dy + (n * a.p + p) * a.q * a.k;
-              GradientRows part{std::min(step_rows, rows.end - p), p - rows.begin, first + panel * k.lanes, a.k,
-                                nullptr};
-              part.next = first + part.rows * a.q * a.k + panel * part.rows * a.q * k.lanes;
-              if (valid < k.lanes) {
-                k.pack_slice(part.dy, a.k, part.rows * a.q, valid, k.lanes, prepared + x_floats);
+              GradientRows part{std::min(step_rows, rows.end - p), p - rows.begin, first + panel * width, a.k, nullptr};
+              part.next = first + part.rows * a.q * a.k + panel * part.rows * a.q * width;
+              if (valid < width) {
+                k.pack_slice(part.dy, a.k, part.rows * a.q, valid, width, prepared + x_floats);
                 part.dy = prepared + x_floats;
-                part.dy_pixel = k.lanes;
+                part.dy_pixel = width;
               }
               add(prepared, part, acc + panel * panel_floats);
             }

@@ -289,9 +289,9 @@ class WeightGradient {
   void run() const {
     const int threads = num_threads();
     const Slot largest = slot_of(0);
-    const int64_t sum_floats = largest.rows * largest.panels.count() * panel_width();
+    const int64_t sum_floats = largest.rows * largest.panels.count() * k_.tile_k;
     const int64_t packed_floats =
-        pack_ ? largest.panels.count() * panel_stride() + largest.rows * block_pixels() : block_pixels() * k_.lanes;
+        pack_ ? largest.panels.count() * panel_stride() + largest.rows * block_pixels() : block_pixels() * k_.tile_k;
     // The sums of every slot and part, or of what each thread works on.
     Buffer sums((parts_ > 1 ? slots_ * parts_ : threads) * sum_floats * sizeof(float));
     Buffer packed(threads * packed_floats * sizeof(float));
@@ -341,11 +341,13 @@ class WeightGradient {
     // Of many pixels, reading a few cache lines of each takes longer than the partial sums.
     return enough || blocks_.count() > kFewBlocks ? kFewer : kLeast;
   }
+  // Packing takes a share of the time that falls with the number of channels; in place, cache lines of pixels that are
+  // far apart compete for the same sets.
   bool worth_packing(const Conv2dProblem& a) const {
-    constexpr int64_t kManySums = 16, kManyChannels = 24;
-    return k_.strip_sums < kManySums && std::min(a.kg(), a.cg()) >= kManyChannels;
+    constexpr int64_t kManySums = 16, kLeastChannels = 24, kManyChannels = 128, kFar = 1024;
+    const int64_t few = std::min(a.kg(), a.cg()), many = std::max(a.kg(), a.cg());
+    return k_.strip_sums < kManySums && few >= kLeastChannels && (few >= kManyChannels || many >= kFar);
   }
-  int64_t panel_width() const { return pack_ ? k_.tile_k : k_.lanes; }
   int64_t block_pixels() const { return blocks_.block_rows * blocks_.block_columns; }
   // Between packed panels; no multiple of 4 KiB, with which they would compete for the same sets of L1.
   int64_t panel_stride() const { return block_pixels() * k_.tile_k + kBlock; }
@@ -357,7 +359,7 @@ class WeightGradient {
             row,
             lane,
             std::min(block_, rows_.channels - row),
-            {std::min(block_, lanes_.channels - lane), panel_width(), k_.lanes}};
+            {std::min(block_, lanes_.channels - lane), k_.tile_k, k_.lanes}};
   }
 
   FactorBlock block_of(const Factor& f, const Slot& slot, int64_t first, int64_t channels, int64_t block) const {
@@ -369,7 +371,7 @@ class WeightGradient {
   void add_blocks(const Slot& slot, Range blocks, float* sums, float* packed) const {
     const auto rows_of = [&](int64_t i) { return block_of(rows_, slot, slot.first_row, slot.rows, i); };
     const auto lanes_of = [&](int64_t i) { return block_of(lanes_, slot, slot.first_lane, slot.panels.outs, i); };
-    if (!pack_) std::memset(sums, 0, slot.rows * slot.panels.count() * k_.lanes * sizeof(float));
+    if (!pack_) std::memset(sums, 0, slot.sums_of(slot.panels.count(), 0) * sizeof(float));
     for (int64_t i = blocks.begin; i < blocks.end; ++i) {
       // The next block is fetched meanwhile.
       FactorBlock next_rows = rows_of(std::min(i + 1, blocks.end - 1)),
@@ -428,7 +430,6 @@ class WeightGradient {
     t.a_step = rows.at.pixel, t.a_row_step = rows.at.row;
     t.rows = rows.height, t.columns = rows.width;
     t.tap_rows = 1;
-    t.acc_step = k_.lanes;
     // A cache line of each pixel of the next block is fetched with every tile: rows, then lanes.
     const auto set_next = [&](int64_t channel) {
       const bool of_rows = channel < rows.channels, none = channel >= rows.channels + lanes.channels;
@@ -437,7 +438,8 @@ class WeightGradient {
       t.next_row_step = of_rows ? rows.at.row : none ? 0 : lanes.at.row;
     };
     // Rows in parts that fit the registers, so that those of a part stay in L1.
-    const int64_t tiles = ceil_divide(slot.rows, k_.strip_sums), panels = slot.panels.count();
+    const int64_t most = k_.strip_sums * k_.lanes / slot.panels.width(0);
+    const int64_t tiles = ceil_divide(slot.rows, most), panels = slot.panels.count();
     for (int64_t j = 0; j < tiles; ++j) {
       const Range outs = split(slot.rows, tiles, j);
       t.a = rows.data + outs.begin;
@@ -445,15 +447,18 @@ class WeightGradient {
       for (int64_t p = 0; p < panels; ++p) {
         t.acc = sums + slot.sums_of(p, outs.begin);
         set_next((j * panels + p) * kBlock);
-        t.b = lanes.data + p * k_.lanes;
+        const int64_t width = slot.panels.width(p);
+        t.acc_step = width;
+        t.vectors = width / k_.lanes;
+        t.b = lanes.data + p * k_.tile_k;
         t.b_step = lanes.at.pixel;
         t.b_row_step = t.rows > 1 ? lanes.at.row : 0;
-        if (slot.panels.channels(p) < k_.lanes) {
+        if (slot.panels.channels(p) < width) {
           for (int64_t row = 0; row < t.rows; ++row)
-            k_.pack_slice(t.b + row * lanes.at.row, lanes.at.pixel, t.columns, slot.panels.channels(p), k_.lanes,
-                          tail + row * t.columns * k_.lanes);
+            k_.pack_slice(t.b + row * lanes.at.row, lanes.at.pixel, t.columns, slot.panels.channels(p), width,
+                          tail + row * t.columns * width);
           t.b = tail;
-          t.b_step = k_.lanes, t.b_row_step = t.columns * k_.lanes;
+          t.b_step = width, t.b_row_step = t.columns * width;
         }
         k_.strip_weight_tile(t);
       }

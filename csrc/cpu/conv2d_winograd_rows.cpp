@@ -129,7 +129,7 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
   shape.in_channels = a.c;
   shape.columns = a.q;
   const Buffer sums = first_layer::sum_gradient(
-      a, static_cast<const float*>(args.dy), panel_floats, kGradientParts,
+      a, static_cast<const float*>(args.dy), lanes, panel_floats, kGradientParts,
       [&](int64_t rows) { return source.floats(rows); },
       [&](int64_t n, Range rows, float* v) { source.transform(static_cast<const float*>(args.x), n, rows, v); },
       [&](const float* v, const GradientRows& part, float* acc) {

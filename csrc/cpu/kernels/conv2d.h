@@ -93,7 +93,7 @@ struct DotTile {
   float low, high;
 };
 
-// The gradient of a strip's weights, one vector of lanes:
+// The gradient of a strip's weights, one vector of lanes or two:
 // acc[r][j][lane] += sum over pixels of a[pixel + r * a_tap_step + j] b[pixel + lane]
 struct StripWeightTile {
   const float* a;
@@ -102,6 +102,7 @@ struct StripWeightTile {
   int64_t b_step, b_row_step;  // between pixels of a row; rows of pixels
   int64_t rows, columns;       // pixels
   int64_t tap_rows, taps;      // r < tap_rows, j < taps
+  int64_t vectors;             // of lanes
   float* acc;
   int64_t acc_step;   // from one j to the next; those of r follow each other
   const float* next;  // wanted next: a cache line of it is fetched into L2 for each pixel
@@ -251,7 +252,7 @@ struct Conv2dKernels {
   void (*stream_taps)(const float* src, int64_t width, const int64_t* places, int64_t taps, int64_t outs, int64_t ins,
                       float* dst, int64_t out_step);
   void (*weight_tile)(const WeightTile&);
-  int64_t strip_sums;  // taps of a weight gradient whose sums fit the registers
+  int64_t strip_sums;  // taps of a weight gradient whose sums, of one vector, fit the registers
   void (*strip_weight_tile)(const StripWeightTile&);
   GroupedTileFunction grouped_tile[16];  // [pixels - 1]; null beyond tile_pixels
   void (*grouped_weight_tile)(const GroupedWeightTile&);

@@ -84,12 +84,15 @@ template <int V, int P> void strip_tile(const StripTile& t) {
   store_tile<V, 1, P>(acc, t);
 }
 
-// strip_weight: ROWS x J elements of one vector's weight gradient, summed over rows of pixels.
-// Registers: ROWS*J accumulators + 1 of b + 1 broadcast. Bound: FMA; n FMAs against n + 1 loads a pixel, n = ROWS*J.
-template <int ROWS, int J> void strip_weight_part(const StripWeightTile& t, const float* a_first, float* out) {
-  Vec acc[ROWS * J];
+// strip_weight: ROWS x J elements of V vectors' weight gradient, summed over rows of pixels.
+// Registers: ROWS*J*V accumulators + V of b + 1 broadcast. Bound: FMA; n*V FMAs against n + V loads a pixel, n =
+// ROWS*J. With one vector loads are as many as FMAs, so two of b are taken together where there are two.
+template <int V, int ROWS, int J> void strip_weight_part(const StripWeightTile& t, const float* a_first, float* out) {
+  Vec acc[ROWS * J][V];
 #pragma GCC unroll 32
-  for (int j = 0; j < ROWS * J; ++j) acc[j] = load(out + j * t.acc_step);
+  for (int j = 0; j < ROWS * J; ++j)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[j][v] = load(out + j * t.acc_step + v * kLanes);
   for (int64_t row = 0; row < t.rows; ++row) {
     const float* a[ROWS];
 #pragma GCC unroll 3
@@ -97,45 +100,62 @@ template <int ROWS, int J> void strip_weight_part(const StripWeightTile& t, cons
     const float *b = t.b + row * t.b_row_step, *next = t.next + row * t.next_row_step;
 #pragma GCC unroll 2
     for (int64_t q = 0; q < t.columns; ++q, b += t.b_step) {
-      const Vec lanes = load(b);
-      prefetch(b + t.b_row_step);
+      Vec lanes[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) lanes[v] = load(b + v * kLanes);
+      if constexpr (V == 1) prefetch(b + t.b_row_step);
       prefetch_l2(next);
       next += t.next_step;
 #pragma GCC unroll 3
       for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 32
-        for (int j = 0; j < J; ++j) acc[r * J + j] = fma(set1(a[r][j]), lanes, acc[r * J + j]);
+        for (int j = 0; j < J; ++j) {
+          const Vec factor = set1(a[r][j]);
+#pragma GCC unroll 2
+          for (int v = 0; v < V; ++v) acc[r * J + j][v] = fma(factor, lanes[v], acc[r * J + j][v]);
+        }
         a[r] += t.a_step;
       }
     }
   }
 #pragma GCC unroll 32
-  for (int j = 0; j < ROWS * J; ++j) store(out + j * t.acc_step, acc[j]);
+  for (int j = 0; j < ROWS * J; ++j)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) store(out + j * t.acc_step + v * kLanes, acc[j][v]);
 }
 
 constexpr int kStripSums = kRegisters - 4;
 constexpr int kStripRows = 3;
 
-template <int ROWS, int J>
+template <int V, int ROWS, int J>
 void strip_weight_dispatch(const StripWeightTile& t, int64_t taps, const float* a, float* acc) {
-  if (taps == J) return strip_weight_part<ROWS, J>(t, a, acc);
-  if constexpr (J > 1) strip_weight_dispatch<ROWS, J - 1>(t, taps, a, acc);
+  if (taps == J) return strip_weight_part<V, ROWS, J>(t, a, acc);
+  if constexpr (J > 1) strip_weight_dispatch<V, ROWS, J - 1>(t, taps, a, acc);
+}
+
+// Parts of a row's taps whose sums fit the registers.
+template <int V> void strip_weight_row(const StripWeightTile& t, const float* a, float* acc) {
+  constexpr int kSums = kStripSums / V;
+  const int64_t parts = (t.taps + kSums - 1) / kSums;
+  for (int64_t i = 0, j = 0; i < parts; ++i) {
+    const int64_t taps = (t.taps - j + parts - i - 1) / (parts - i);
+    strip_weight_dispatch<V, 1, kSums>(t, taps, a + j, acc + j * t.acc_step);
+    j += taps;
+  }
 }
 
 // Three rows at once where their sums fit the registers: b is then read once.
 void strip_weight_tile(const StripWeightTile& t) {
   int64_t r = 0;
-  if (t.taps <= kStripSums / kStripRows)
+  if (t.vectors == 1 && t.taps <= kStripSums / kStripRows)
     for (; r + kStripRows <= t.tap_rows; r += kStripRows)
-      strip_weight_dispatch<kStripRows, kStripSums / kStripRows>(t, t.taps, t.a + r * t.a_tap_step,
-                                                                 t.acc + r * t.taps * t.acc_step);
-  const int64_t parts = (t.taps + kStripSums - 1) / kStripSums;
-  for (; r < t.tap_rows; ++r)
-    for (int64_t i = 0, j = 0; i < parts; ++i) {
-      const int64_t taps = (t.taps - j + parts - i - 1) / (parts - i);
-      strip_weight_dispatch<1, kStripSums>(t, taps, t.a + r * t.a_tap_step + j, t.acc + (r * t.taps + j) * t.acc_step);
-      j += taps;
-    }
+      strip_weight_dispatch<1, kStripRows, kStripSums / kStripRows>(t, t.taps, t.a + r * t.a_tap_step,
+                                                                    t.acc + r * t.taps * t.acc_step);
+  for (; r < t.tap_rows; ++r) {
+    const float* a = t.a + r * t.a_tap_step;
+    float* acc = t.acc + r * t.taps * t.acc_step;
+    t.vectors == 2 ? strip_weight_row<2>(t, a, acc) : strip_weight_row<1>(t, a, acc);
+  }
 }
 
 // planar_tile: y[C][V*lanes] = sum over planes and taps of x[plane][tap + p] * w[plane][tap][c].
