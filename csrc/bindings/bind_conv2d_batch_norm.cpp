@@ -37,7 +37,7 @@ std::tuple<Array, Array, Array, Array, MaybeArray> conv2d_batch_norm_train(
   return {y, z, mean, rstd, std::nullopt};
 }
 
-// (dx, dw, dbias of the convolution, dweight, dbias, dresidual), those that are needed.
+// (dx, dw, dbias of the convolution, which is zero, dweight, dbias, dresidual), those that are needed.
 using Gradients = std::tuple<MaybeArray, MaybeArray, MaybeArray, MaybeArray, MaybeArray, MaybeArray>;
 
 Gradients conv2d_batch_norm_backward(const Array& dy, const Array& x, const Array& w, const Array& z, Pair stride,
@@ -46,7 +46,7 @@ Gradients conv2d_batch_norm_backward(const Array& dy, const Array& x, const Arra
                                      const MaybeArray& residual, const std::string& activation,
                                      const MaybeArray& places, const MaybePair& pool_kernel,
                                      const MaybePair& pool_stride, std::array<bool, 6> needs) {
-  const bool inner = needs[0] || needs[1] || needs[2];
+  const bool inner = needs[0] || needs[1];
   MaybeArray dz;
   Gradients out;
   if (places) {
@@ -59,8 +59,14 @@ Gradients conv2d_batch_norm_backward(const Array& dy, const Array& x, const Arra
         dy, z, weight, mean, rstd, bias, residual, activation, true, {inner, needs[3], needs[4], needs[5]});
   }
   if (dz)
-    std::tie(std::get<0>(out), std::get<1>(out), std::get<2>(out)) =
-        conv2d_backward(*dz, x, w, stride, padding, dilation, groups, {needs[0], needs[1], needs[2]});
+    std::tie(std::get<0>(out), std::get<1>(out), std::ignore) =
+        conv2d_backward(*dz, x, w, stride, padding, dilation, groups, {needs[0], needs[1], false});
+  if (needs[2]) {
+    // What a bias adds to a channel, its mean takes away: the sum of dz is zero but for rounding.
+    const TensorView z_view = view(z, "z");
+    std::get<2>(out) = new_array(z_view.dtype, {shape4(z_view, "z")[1]});
+    device::channel_sums(z_view.dtype, 0, z_view.sizes[1], nullptr, std::get<2>(out)->mutable_data());
+  }
   return out;
 }
 

@@ -115,6 +115,8 @@ def conv2d_batch_norm(
     """`convolve`, then `batch_norm` in training, or `batch_norm_max_pool2d` with pool = (kernel
     size, stride) and no residual: their values, as one recorded operation.
 
+    The gradient of the convolution's bias is zero: the batch's mean takes away what it adds. The
+    operations one by one give a sum of rounding errors.
     On a CUDA device the convolution takes the statistics before it stores its result.
     """
     check_activation(activation)

@@ -72,7 +72,7 @@ def conv2d_batch_norm_backward(
     pool: tuple[Pair, Pair] | None,
     needs: tuple[bool, ...],
 ) -> tuple[Array | None, ...]:
-    """Gradients of x, w, conv_bias, weight, bias, residual; None where `needs` says so.
+    """Gradients of x, w, conv_bias (zero), weight, bias, residual; None where `needs` says so.
 
     dy has the shape of y; the others are the arguments and the results of the forward pass.
     """
