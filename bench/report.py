@@ -233,10 +233,15 @@ def git(*arguments: str) -> str | None:
 
 
 def _cpu_model() -> str:
+    """Its name, and family and model, which tell generations of the same name apart."""
+    known: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+        key, _, value = line.partition(":")
+        known.setdefault(key.strip(), value.strip())
+    name = known.get("model name", platform.machine())
+    if "cpu family" not in known or "model" not in known:
+        return name
+    return f"{name} (family {known['cpu family']}, model {known['model']})"
 
 
 def _version(package: str) -> str | None:
