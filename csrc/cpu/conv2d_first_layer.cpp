@@ -81,13 +81,13 @@ void backward_weight(const Conv2dProblem& a, const BackwardWeightArguments& args
   const PaddedRows source(a, a.q);
   const int64_t taps = a.s * a.c;
   // Two vectors at once where the taps of a row do not fit the registers with one, and no vector would be idle.
-  const int64_t vectors = taps > k.strip_sums && ceil_divide(a.k, k.lanes) % 2 == 0 ? 2 : 1;
-  const int64_t width = vectors * k.lanes, panel_floats = a.r * taps * width;
+  const int64_t width = taps > k.strip_sums && ceil_divide(a.k, k.lanes) % 2 == 0 ? 2 * k.lanes : k.lanes;
+  const int64_t panel_floats = a.r * taps * width;
   StripWeightTile shape{};
   shape.a_step = source.step(), shape.a_row_step = source.output_row(), shape.a_tap_step = source.tap_row();
   shape.columns = a.q;
   shape.tap_rows = a.r, shape.taps = taps;
-  shape.vectors = vectors, shape.acc_step = width;
+  shape.acc_step = width;
   shape.next = dy;  // its next row is fetched anyway
   const Buffer sums = sum_gradient(
       a, dy, width, panel_floats, kChunks, [&](int64_t rows) { return source.rows(rows) * source.row_floats(); },

@@ -440,6 +440,12 @@ class WeightGradient {
     // Rows in parts that fit the registers, so that those of a part stay in L1.
     const int64_t most = k_.strip_sums * k_.lanes / slot.panels.width(0);
     const int64_t tiles = ceil_divide(slot.rows, most), panels = slot.panels.count();
+    // Lanes that do not fill the last panel are copied to where zeros fill it.
+    const int64_t last = panels - 1, last_width = slot.panels.width(last);
+    const bool filled = slot.panels.channels(last) < last_width;
+    for (int64_t row = 0; filled && row < t.rows; ++row)
+      k_.pack_slice(lanes.data + last * k_.tile_k + row * lanes.at.row, lanes.at.pixel, t.columns,
+                    slot.panels.channels(last), last_width, tail + row * t.columns * last_width);
     for (int64_t j = 0; j < tiles; ++j) {
       const Range outs = split(slot.rows, tiles, j);
       t.a = rows.data + outs.begin;
@@ -449,17 +455,10 @@ class WeightGradient {
         set_next((j * panels + p) * kBlock);
         const int64_t width = slot.panels.width(p);
         t.acc_step = width;
-        t.vectors = width / k_.lanes;
-        t.b = lanes.data + p * k_.tile_k;
-        t.b_step = lanes.at.pixel;
-        t.b_row_step = t.rows > 1 ? lanes.at.row : 0;
-        if (slot.panels.channels(p) < width) {
-          for (int64_t row = 0; row < t.rows; ++row)
-            k_.pack_slice(t.b + row * lanes.at.row, lanes.at.pixel, t.columns, slot.panels.channels(p), width,
-                          tail + row * t.columns * width);
-          t.b = tail;
-          t.b_step = width, t.b_row_step = t.columns * width;
-        }
+        const bool copied = filled && p == last;
+        t.b = copied ? tail : lanes.data + p * k_.tile_k;
+        t.b_step = copied ? width : lanes.at.pixel;
+        t.b_row_step = copied ? t.columns * width : t.rows > 1 ? lanes.at.row : 0;
         k_.strip_weight_tile(t);
       }
     }

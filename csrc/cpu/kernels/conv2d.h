@@ -102,9 +102,8 @@ struct StripWeightTile {
   int64_t b_step, b_row_step;  // between pixels of a row; rows of pixels
   int64_t rows, columns;       // pixels
   int64_t tap_rows, taps;      // r < tap_rows, j < taps
-  int64_t vectors;             // of lanes
   float* acc;
-  int64_t acc_step;   // from one j to the next; those of r follow each other
+  int64_t acc_step;   // from one j to the next: the lanes of one vector or of two; those of r follow each other
   const float* next;  // wanted next: a cache line of it is fetched into L2 for each pixel
   int64_t next_step, next_row_step;
 };

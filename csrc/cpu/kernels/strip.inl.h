@@ -146,15 +146,16 @@ template <int V> void strip_weight_row(const StripWeightTile& t, const float* a,
 
 // Three rows at once where their sums fit the registers: b is then read once.
 void strip_weight_tile(const StripWeightTile& t) {
+  const bool pair = t.acc_step == 2 * kLanes;
   int64_t r = 0;
-  if (t.vectors == 1 && t.taps <= kStripSums / kStripRows)
+  if (!pair && t.taps <= kStripSums / kStripRows)
     for (; r + kStripRows <= t.tap_rows; r += kStripRows)
       strip_weight_dispatch<1, kStripRows, kStripSums / kStripRows>(t, t.taps, t.a + r * t.a_tap_step,
                                                                     t.acc + r * t.taps * t.acc_step);
   for (; r < t.tap_rows; ++r) {
     const float* a = t.a + r * t.a_tap_step;
     float* acc = t.acc + r * t.taps * t.acc_step;
-    t.vectors == 2 ? strip_weight_row<2>(t, a, acc) : strip_weight_row<1>(t, a, acc);
+    pair ? strip_weight_row<2>(t, a, acc) : strip_weight_row<1>(t, a, acc);
   }
 }
 
