@@ -27,6 +27,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <optional>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -192,6 +193,11 @@ class Tiles {
       ends_[i] = (i ? ends_[i - 1] : 0) + grids * rows_.tiles(full_rows(i)) * columns_.tiles(full_columns(i));
   }
   int64_t count() const { return ends_[3]; }
+  // Whether all tiles are full and follow each other like the pixels of the images.
+  bool in_order() const {
+    const bool exchanged = row_axis_.source_step < column_axis_.source_step;
+    return ends_[0] == 0 && ends_[1] == count() && row_axis_.grids() * column_axis_.grids() == 1 && !exchanged;
+  }
 
   // Calls body(index, Tile) for the tiles of a range, in their order. It counts: divisions would cost a tile of a few
   // channels a tenth of its transform.
@@ -410,17 +416,38 @@ PackedWeights packed_taps(const DirectProblem& d, const Axis& rows, const Axis& 
   });
 }
 
-// What is fetched into L2 while products are made: of the next position v rather than u, and weights wanted later.
-struct Fetch {
-  bool v = false;
-  const float* weights = nullptr;
-  int64_t floats = 0;
+// What is fetched into L2 while products are made, a cache line in each step of a register tile: in bursts, or faster
+// than memory follows, a processor leaves fetches out.
+class Ahead {
+ public:
+  // So many lines, `step` floats apart.
+  void add(const float* from, int64_t step, int64_t lines) {
+    if (lines > 0) runs_[count_++] = {from, step, lines};
+  }
+  // Gives a tile the next lines, which takes so many steps.
+  template <class RegisterTile> void give(RegisterTile& t, int64_t steps) {
+    t.later = nullptr, t.later_step = 0;
+    if (first_ == count_) return;
+    Run& run = runs_[first_];
+    t.later = run.from, t.later_step = run.step;
+    run.from += steps * run.step, run.lines -= steps;
+    if (run.lines <= 0) ++first_;
+  }
+
+ private:
+  struct Run {
+    const float* from;
+    int64_t step, lines;
+  };
+  static constexpr int kMaxRuns = 8;
+  Run runs_[kMaxRuns];
+  int first_ = 0, count_ = 0;
 };
 
 // m = v u at every position, for the tiles of v, summed over the channels of u, the first of which begins a block; of
-// later channels the sums go on.
+// later channels the sums go on. next_v: of the next position v is fetched into L2, not u.
 void multiply(const Axis& rows, const Axis& columns, const Tiles& tiles, const Block& v, Range channels, const float* u,
-              int64_t u_position, int64_t width, const Block& m, const Fetch& fetch) {
+              int64_t u_position, int64_t width, const Block& m, bool next_v, Ahead ahead) {
   const auto& k = kernels().conv2d;
   const int64_t position_count = positions(rows, columns);
   DirectTile::Tap taps[kMaxParts]{};
@@ -441,11 +468,10 @@ void multiply(const Axis& rows, const Axis& columns, const Tiles& tiles, const B
     t.tap_count = 0;
     for_parts(rows, columns, p,
               [&](Part part) { taps[t.tap_count++] = {{v_block + part.index * v.size() * kBlock}, part.index}; });
-    const Range share = split(fetch.floats / kBlock, position_count, p);
-    for (int64_t i = share.begin; i < share.end; ++i) __builtin_prefetch(fetch.weights + i * kBlock, 0, 2);
     for (int64_t i = 0; i < parts; ++i) {
       const Range part = split(count, parts, i);
-      t.next = i > 0 || p + 1 == position_count ? t.w : fetch.v ? v_block + v.position : t.w + u_position;
+      ahead.give(t, (channels.end - channels.begin) * t.tap_count);
+      t.next = i > 0 || p + 1 == position_count ? t.w : next_v ? v_block + v.position : t.w + u_position;
       const int64_t first = here.begin + part.begin - v.tiles.begin;
       t.x_offset = first * kBlock;
       t.y = m.data + p * m.position + first * width;
@@ -485,6 +511,39 @@ void transform_output(const DirectProblem& d, const Arrays<T>& a, const Axis& ro
     t.next = to_next_tile(tile, columns, t.row, t.pixel);
     kernels().winograd.of<T>().output(t);
   });
+}
+
+// Of so many pixels, cut into tiles in order, those that belong to some of the tiles.
+Range pixels_under(const Tiles& tiles, Range some, int64_t pixels) {
+  return {some.begin * pixels / tiles.count(), some.end * pixels / tiles.count()};
+}
+
+// What transform_input will read for some tiles.
+void want_input(const SourceImage& source, int64_t images, const Tiles& tiles, Range some, Ahead& ahead) {
+  if (!tiles.in_order() || source.pixel != source.channels) return;
+  const Range pixels = pixels_under(tiles, some, images * source.h * source.w);
+  // A row further: what lies above, the tiles before have read.
+  ahead.add(source.data + (pixels.begin + source.w) * source.pixel, kBlock,
+            (pixels.end - pixels.begin) * source.pixel / kBlock);
+}
+
+// What transform_gradient will read for some tiles.
+void want_gradient(const WeightGradientProblem& a, const Tiles& tiles, Range some, Ahead& ahead) {
+  if (!tiles.in_order() || a.groups > 1) return;
+  const Range pixels = pixels_under(tiles, some, a.images * a.rows.outputs * a.columns.outputs);
+  ahead.add(a.dy + pixels.begin * a.outs, kBlock, (pixels.end - pixels.begin) * a.outs / kBlock);
+}
+
+// What transform_output will write through the caches, and read, for a panel of channels.
+void want_output(const DirectProblem& d, const Tiles& tiles, Range some, const Panels& panels, int64_t g, int64_t panel,
+                 Ahead& ahead) {
+  if (!tiles.in_order() || d.rows.out_step * d.columns.out_step != 1) return;
+  const Range pixels = pixels_under(tiles, some, d.images * d.y_h * d.y_w);
+  const int64_t first = pixels.begin * d.y_pixel + g * d.outs + panel * panels.tile_k;
+  for (int64_t k = 0; k < panels.channels(panel); k += kBlock) {
+    if (!d.streaming) ahead.add(d.y + first + k, d.y_pixel, pixels.end - pixels.begin);
+    if (d.epilogue.residual) ahead.add(d.epilogue.residual + first + k, d.y_pixel, pixels.end - pixels.begin);
+  }
 }
 
 SourceImage group_source(SourceImage source, int64_t g) {
@@ -537,7 +596,17 @@ void run_small(const DirectProblem& d, const Arrays<T>& a, const Tiles& tiles, c
         const Block v{own, mine, v_position}, m{own + position_count * v_position, mine, m_position};
         transform_input(a.x, group_source(d.source, g), rows, columns, tiles, mine, v);
         for (int64_t panel = 0; panel < panels.count(); ++panel) {
-          multiply(rows, columns, tiles, v, {0, channels}, u + panel * u_panel, u_position, panels.width(panel), m, {});
+          Ahead ahead;
+          if constexpr (std::is_same_v<T, float>) {
+            want_output(d, tiles, mine, panels, g, panel, ahead);
+            if (i % blocks + 1 < blocks) {
+              const Range next = split(tiles.count(), blocks, i % blocks + 1);
+              const Range share = split(next.end - next.begin, panels.count(), panel);
+              want_input(d.source, d.images, tiles, {next.begin + share.begin, next.begin + share.end}, ahead);
+            }
+          }
+          multiply(rows, columns, tiles, v, {0, channels}, u + panel * u_panel, u_position, panels.width(panel), m,
+                   false, ahead);
           transform_output(d, a, rows, columns, tiles, mine, panels, g, panel, m);
         }
       },
@@ -596,15 +665,17 @@ void run_large(const DirectProblem& d, const Arrays<T>& a, const Tiles& tiles, c
           for (int64_t c = 0; c < channels; c += step) {
             const Range some{c, std::min(channels, c + step)};
             transform_weights(a.w, d.w, rows, columns, tiles, panels, g, panel, some, u, u_position, weights);
-            Fetch fetch{in_parts};
-            if (weights && some.end < channels)
-              fetch.weights = weights + packed_channels(rows, columns, some.end, width),
-              fetch.floats = packed_channels(rows, columns, std::min(step, channels - some.end), width);
             for (int64_t j = mine.begin; j < mine.end; ++j) {
               const Block v = input(j);
               const Block m{u + u_floats + (in_parts ? j - mine.begin : 0) * m_floats, v.tiles, m_position};
-              multiply(rows, columns, tiles, v, some, u, u_position, width, m,
-                       j == mine.begin ? fetch : Fetch{in_parts});
+              Ahead ahead;
+              if (some.end == channels) {
+                if constexpr (std::is_same_v<T, float>) want_output(d, tiles, v.tiles, panels, g, panel, ahead);
+              } else if (weights && j == mine.begin) {
+                ahead.add(weights + packed_channels(rows, columns, some.end, width), kBlock,
+                          packed_channels(rows, columns, std::min(step, channels - some.end), width) / kBlock);
+              }
+              multiply(rows, columns, tiles, v, some, u, u_position, width, m, in_parts, ahead);
               if (some.end == channels) transform_output(d, a, rows, columns, tiles, v.tiles, panels, g, panel, m);
             }
           }
@@ -654,7 +725,7 @@ void transform_gradient(const WeightGradientProblem& a, const Axis& rows, const 
 // acc[position][part][block - blocks.begin][kBlock][width] = v' d over the tiles, for one panel; or added to that.
 void add_products(const Axis& rows, const Axis& columns, const Tiles& tiles, const Block& v, const Block& d,
                   Range blocks, int64_t channels, const Panels& panels, int64_t panel, bool add, float* acc,
-                  int64_t acc_position) {
+                  int64_t acc_position, Ahead ahead = {}) {
   const int64_t width = panels.width(panel);
   const WeightTile::Row row{0, 0};
   WeightTile t{};
@@ -680,6 +751,7 @@ void add_products(const Axis& rows, const Axis& columns, const Tiles& tiles, con
           t.channels = std::min(kBlock, channels - b * kBlock);
           t.next = b + 1 < blocks.end ? t.x + block_floats : t.dy + t.columns * width;
           t.acc = acc + p * acc_position + (of.index * (blocks.end - blocks.begin) + b - blocks.begin) * kBlock * width;
+          ahead.give(t, t.columns);
           kernels().conv2d.weight_tile(t);
         }
       });
@@ -734,9 +806,15 @@ void run_small(const WeightGradientProblem& a, const Tiles& tiles, const Axis& r
           const Block v{own, mine, v_position}, d{own + position_count * v_position, mine, d_position};
           transform_input(a.source.data, group_source(a.source, g), rows, columns, tiles, mine, v);
           transform_gradient(a, rows, columns, tiles, mine, panels, g, d);
-          for (int64_t panel = 0; panel < panels.count(); ++panel)
+          const int64_t left = std::min(mine.end - mine.begin, tiles.count() - mine.end);
+          for (int64_t panel = 0; panel < panels.count(); ++panel) {
+            Ahead ahead;
+            const Range share = split(left, panels.count(), panel), next{mine.end + share.begin, mine.end + share.end};
+            want_input(a.source, a.images, tiles, next, ahead);
+            want_gradient(a, tiles, next, ahead);
             add_products(rows, columns, tiles, v, d, {0, blocks}, channels, panels, panel, j > 0, m + panel * m_panel,
-                         m_position);
+                         m_position, ahead);
+          }
         }
         for (int64_t panel = 0; panel < panels.count(); ++panel) {
           float* sum = sums.as<float>() + (part * slots + g * panels.count() + panel) * slot_floats;

@@ -45,6 +45,8 @@ struct DirectTile : TileOutput {
   const float* w;         // panel [block][tap][channel][vectors * lanes]
   const float* next;      // wanted next: one vector * lanes of it is prefetched a step
   bool accumulate;        // the sums go on from those in y, whose channels are then whole vectors
+  const float* later;     // wanted later: a cache line of it is fetched into L2 a step; null: none
+  int64_t later_step;     // between those lines
 };
 using DirectTileFunction = void (*)(const DirectTile&);
 
@@ -62,6 +64,8 @@ struct WeightTile {
   int64_t channels;            // channels wanted, <= kBlock
   const float* next;           // wanted next: a cache line of it is prefetched for each pixel
   int64_t next_step = kBlock;  // between those lines
+  const float* later;          // wanted later: a cache line of it, too; null: none
+  int64_t later_step;          // between those lines
   float* acc;                  // [kBlock][width]
   bool add = true;             // to the sums in acc
 };

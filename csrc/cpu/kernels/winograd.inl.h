@@ -224,6 +224,11 @@ inline __attribute__((always_inline)) void input_vector(const WinogradInput<T>& 
 #pragma GCC unroll 6
   for (int j = 0; j < COLUMNS; ++j) {
     Vec pixels[ROWS], points[ROWS];
+    // The window jumps from row to row and pixel to pixel, which the hardware does not foresee. A column at a time: of
+    // a burst of fetches some are left out.
+    if (j < COLUMNS - 2)
+#pragma GCC unroll 6
+      for (int i = 0; i < ROWS; ++i) prefetch(x + t.next + i * t.row + j * t.pixel);
     if (MASKED && (t.columns_in >> j & 1) == 0) {
 #pragma GCC unroll 6
       for (int i = 0; i < ROWS; ++i) half[i][j] = zero();
@@ -256,11 +261,6 @@ template <int ROWS, int COLUMNS, class T> void winograd_input_tile(const Winogra
   const bool inside = (t.rows_in & kAllRows) == kAllRows && (t.columns_in & kAllColumns) == kAllColumns;
   for (int64_t c = 0; c < t.channels; c += kBlock) {
     float* const v = t.v + c / kBlock * t.block;
-    // The window jumps from row to row and pixel to pixel, which the hardware does not foresee.
-#pragma GCC unroll 6
-    for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < COLUMNS - 2; ++j) prefetch(t.x + t.next + i * t.row + j * t.pixel + c);
     for (int64_t i = 0; i < kBlock; i += kLanes) {
       const int64_t n = t.channels - c - i;
       if (inside && n >= kLanes) {
