@@ -428,6 +428,21 @@ def test_large_mean(shape, offset, isa):
     assert_within(rstd, ref, case.limit() * ref, "rstd")
 
 
+@pytest.mark.parametrize("first", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("shape", [(4, 19, 8, 8), (200, 9), (2, 5, 70, 80)], ids=str)
+def test_statistics_of_a_batch_that_begins_far_from_its_mean(shape, first, isa):
+    """The kernels sum distances from what came first, a row and then a few rows."""
+    raw = normal(*shape, first, shape=shape, dtype=np.float64)
+    channels = np.moveaxis(raw, 1, -1)
+    channels.reshape(-1, shape[1])[0] += first
+    channels[:1, ..., ::2] += first  # of every other channel the whole first image or row
+    x = raw.astype(np.float32)
+    mean, squares = fc.batch_norm_moments(x)
+    values = np.moveaxis(x.astype(np.float64), 1, -1).reshape(-1, shape[1])
+    np.testing.assert_allclose(mean, values.mean(0), rtol=3e-6, atol=3e-7 * np.abs(values).max())
+    np.testing.assert_allclose(squares, ((values - values.mean(0)) ** 2).sum(0), rtol=1e-5)
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 1e4, 1e-20, 1e20])
 def test_constant_channel_becomes_beta(value, isa):
     x = np.full((4, 19, 6, 6), value, np.float32)

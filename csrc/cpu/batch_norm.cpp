@@ -1,7 +1,9 @@
-// Statistics: a block of rows that fits the cache gives mean and squared distances in two passes; blocks are merged in
-// order by Chan's formula in double, first within a chunk, then chunks (Chan, Golub and LeVeque, "Algorithms for
-// computing the sample variance", The American Statistician 37, 1983). Forward in training reads x twice and writes y
-// once; backward reads dy and x twice and writes dx once, finding the activation's derivative again on the way.
+// Statistics: blocks of rows give mean and squared distances in one pass, from sums of distances from a value near the
+// mean: for the first few rows of a chunk the first of them, then the mean so far. The square of how far that lies from
+// the block's mean, of which digits may cancel, is part of the squares of the whole, too. Blocks are merged in order by
+// Chan's formula in double, first within a chunk, then chunks (Chan, Golub and LeVeque, "Algorithms for computing the
+// sample variance", The American Statistician 37, 1983). Forward in training reads x twice and writes y once; backward
+// reads dy and x twice and writes dx once, finding the activation's derivative again on the way.
 #include "device/batch_norm.h"
 
 #include <algorithm>
@@ -18,6 +20,7 @@ namespace {
 constexpr int64_t kBlockElements = 8192;       // of a block of rows: 32 KiB of fp32
 constexpr int64_t kMaxBlockRows = 256;         // bounds the rounding error of a block's sums
 constexpr int64_t kMinBlockRows = 64;          // bounds the work of merging blocks of many channels
+constexpr int64_t kFirstRows = 16;             // of a chunk, around its first
 constexpr int64_t kChunkElements = 64 * 1024;  // of a chunk that has sums of its own
 constexpr int64_t kMaxChunks = 64;
 constexpr int64_t kStreamBytes = 16 << 20;  // an output of this size leaves the caches before anybody reads it
@@ -77,14 +80,20 @@ template <class T> void moments(const BatchNormProblem& a, const T* x, double* m
   parallel_for(chunks, [&](int64_t i, int) {
     double *chunk_mean = partial + 2 * i * channels, *chunk_squares = chunk_mean + channels;
     std::fill(chunk_mean, chunk_mean + 2 * channels, 0.0);
-    Buffer scratch(2 * channels * sizeof(T));
-    T *block_mean = scratch.as<T>(), *block_squares = block_mean + channels;
+    Buffer scratch(3 * channels * sizeof(T));
+    T *block_mean = scratch.as<T>(), *block_squares = block_mean + channels, *near = block_squares + channels;
     int64_t count = 0;
-    for_blocks(split(rows, chunks, i), channels, [&](int64_t row, int64_t block) {
-      kernel.moments(x + row * channels, block, channels, block_mean, block_squares);
+    const auto add = [&](int64_t row, int64_t block) {
+      for (int64_t c = 0; c < channels; ++c)
+        near[c] = count > 0 ? static_cast<T>(chunk_mean[c]) : x[row * channels + c];
+      kernel.moments(x + row * channels, block, channels, near, block_mean, block_squares);
       merge(count, block, 0, channels, block_mean, block_squares, chunk_mean, chunk_squares);
       count += block;
-    });
+    };
+    const Range mine = split(rows, chunks, i);
+    const int64_t first = std::min(kFirstRows, mine.end - mine.begin);
+    if (first > 0) add(mine.begin, first);
+    for_blocks({mine.begin + first, mine.end}, channels, add);
   });
   parallel_ranges(channels, 512, [&](int64_t begin, int64_t end) {
     std::copy(partial + begin, partial + end, mean + begin);

@@ -22,8 +22,9 @@ template <class T> struct BatchNormRows {
 };
 
 template <class T> struct BatchNormKernels {
-  // mean[c] and the sum of squared distances from it, of the block
-  void (*moments)(const T* x, int64_t rows, int64_t channels, T* mean, T* squares);
+  // mean[c] and the sum of squared distances from it, of the block, from sums of distances from `near`: the nearer it
+  // is to the mean, the less of the digits cancel.
+  void (*moments)(const T* x, int64_t rows, int64_t channels, const T* near, T* mean, T* squares);
   void (*forward[kBatchNormActivations])(const BatchNormRows<T>&, T* y);
   // dz = dy f'(z). sum[c] = sum of dz, dot[c] = sum of dz (x - mean), over the block. dz, which may be dy, is stored
   // unless null.

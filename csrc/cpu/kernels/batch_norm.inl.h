@@ -11,45 +11,35 @@
 namespace fastconv::cpu {
 namespace {
 
-// Two passes over a block that stays in cache: no cancellation however large the mean is.
-template <class T> void moments(const T* x, int64_t rows, int64_t channels, T* mean, T* squares) {
+template <class T> void moments(const T* x, int64_t rows, int64_t channels, const T* near, T* mean, T* squares) {
   for (int64_t c = 0; c < channels; ++c) mean[c] = squares[c] = 0;
+  Fetch<T> fetch{x + rows_ahead<T>(channels) * channels};
   int64_t row = 0;
   for (; row + kSumRows <= rows; row += kSumRows) {
     const T* p = x + row * channels;
     for_lanes<T>(channels, [&](auto tail, int64_t c, int64_t n) {
-      const auto a = load_lanes<tail.value>(p + c, n), b = load_lanes<tail.value>(p + channels + c, n);
-      const auto d = load_lanes<tail.value>(p + 2 * channels + c, n),
-                 e = load_lanes<tail.value>(p + 3 * channels + c, n);
-      store_lanes<tail.value>(mean + c, load_lanes<tail.value>(mean + c, n) + ((a + b) + (d + e)), n);
-    });
-  }
-  for (; row < rows; ++row)
-    for_lanes<T>(channels, [&](auto tail, int64_t c, int64_t n) {
-      store_lanes<tail.value>(
-          mean + c, load_lanes<tail.value>(mean + c, n) + load_lanes<tail.value>(x + row * channels + c, n), n);
-    });
-  for (int64_t c = 0; c < channels; ++c) mean[c] /= static_cast<T>(rows);
-
-  Fetch<T> fetch{x + rows * channels};  // the next block
-  for (row = 0; row + kSumRows <= rows; row += kSumRows) {
-    const T* p = x + row * channels;
-    for_lanes<T>(channels, [&](auto tail, int64_t c, int64_t n) {
-      const auto m = load_lanes<tail.value>(mean + c, n);
+      const auto m = load_lanes<tail.value>(near + c, n);
       const auto a = load_lanes<tail.value>(p + c, n) - m, b = load_lanes<tail.value>(p + channels + c, n) - m;
       const auto d = load_lanes<tail.value>(p + 2 * channels + c, n) - m;
       const auto e = load_lanes<tail.value>(p + 3 * channels + c, n) - m;
 #pragma GCC unroll 4
       for (int i = 0; i < kSumRows; ++i) fetch(n);
+      store_lanes<tail.value>(mean + c, load_lanes<tail.value>(mean + c, n) + ((a + b) + (d + e)), n);
       const auto sum = fma(a, a, b * b) + fma(d, d, e * e);
       store_lanes<tail.value>(squares + c, load_lanes<tail.value>(squares + c, n) + sum, n);
     });
   }
   for (; row < rows; ++row)
     for_lanes<T>(channels, [&](auto tail, int64_t c, int64_t n) {
-      const auto a = load_lanes<tail.value>(x + row * channels + c, n) - load_lanes<tail.value>(mean + c, n);
+      const auto a = load_lanes<tail.value>(x + row * channels + c, n) - load_lanes<tail.value>(near + c, n);
+      store_lanes<tail.value>(mean + c, load_lanes<tail.value>(mean + c, n) + a, n);
       store_lanes<tail.value>(squares + c, fma(a, a, load_lanes<tail.value>(squares + c, n)), n);
     });
+  for (int64_t c = 0; c < channels; ++c) {
+    const T distance = mean[c] / static_cast<T>(rows), left = squares[c] - mean[c] * distance;
+    squares[c] = left < 0 ? T{0} : left;
+    mean[c] = near[c] + distance;
+  }
 }
 
 struct NoActivation {
@@ -60,10 +50,10 @@ struct NoActivation {
 // (x - mean) and z of one vector.
 template <bool TAIL, class T> struct Normalized {
   typename Lanes<T>::V distance, z;
-  Normalized(const BatchNormRows<T>& t, int64_t at, int64_t c, int64_t n) {
+  Normalized(const BatchNormRows<T>& t, bool residual, int64_t at, int64_t c, int64_t n) {
     distance = load_lanes<TAIL>(t.x + at, n) - load_lanes<TAIL>(t.mean + c, n);
     z = fma(distance, load_lanes<TAIL>(t.scale + c, n), load_lanes<TAIL>(t.bias + c, n));
-    if (t.residual) z = z + load_lanes<TAIL>(t.residual + at, n);
+    if (residual) z = z + load_lanes<TAIL>(t.residual + at, n);
   }
 };
 
@@ -84,12 +74,14 @@ template <class F, class T> void normalize(const BatchNormRows<T>& t, T* y) {
   using V = typename Lanes<T>::V;
   for_rows(t, [&](auto tail, int64_t at, int64_t c, int64_t n) {
     prefetch_later(t.x + at);
-    const Normalized<tail.value, T> a(t, at, c, n);
+    const Normalized<tail.value, T> a(t, t.residual, at, c, n);
     put_lanes<tail.value>(t.streaming, y + at, F::template forward<T>(a.z, V{}), n);
   });
 }
 
-template <class F, class T> void backward_sums(const BatchNormRows<T>& t, const T* dy, T* dz, T* sum, T* dot) {
+// RESIDUAL, STORE: whether there are a residual and a dz; a branch an element took a quarter of the time.
+template <class F, bool RESIDUAL, bool STORE, class T>
+void backward_sums_of(const BatchNormRows<T>& t, const T* dy, T* dz, T* sum, T* dot) {
   using V = typename Lanes<T>::V;
   for (int64_t c = 0; c < t.channels; ++c) sum[c] = dot[c] = 0;
   const int64_t ahead = rows_ahead<T>(t.channels) * t.channels;
@@ -102,11 +94,11 @@ template <class F, class T> void backward_sums(const BatchNormRows<T>& t, const 
         const int64_t at = i * t.channels + c;
         fetch_x(n);
         fetch_dy(n);
-        if (t.residual) fetch_residual(n);
-        if (dz) fetch_dz(n);
-        const Normalized<tail.value, T> a(t, at, c, n);
+        if (RESIDUAL) fetch_residual(n);
+        if (STORE) fetch_dz(n);
+        const Normalized<tail.value, T> a(t, RESIDUAL, at, c, n);
         const V g = F::template backward<T>(load_lanes<tail.value>(dy + at, n), a.z, V{});
-        if (dz) store_lanes<tail.value>(dz + at, g, n);
+        if (STORE) store_lanes<tail.value>(dz + at, g, n);
         s = s + g;
         d = fma(g, a.distance, d);
       };
@@ -122,12 +114,19 @@ template <class F, class T> void backward_sums(const BatchNormRows<T>& t, const 
   }
 }
 
+template <class F, class T> void backward_sums(const BatchNormRows<T>& t, const T* dy, T* dz, T* sum, T* dot) {
+  if (t.residual)
+    dz ? backward_sums_of<F, true, true>(t, dy, dz, sum, dot) : backward_sums_of<F, true, false>(t, dy, dz, sum, dot);
+  else
+    dz ? backward_sums_of<F, false, true>(t, dy, dz, sum, dot) : backward_sums_of<F, false, false>(t, dy, dz, sum, dot);
+}
+
 template <class F, class T> void backward_input(const BatchNormRows<T>& t, const T* dy, const T* a, const T* b, T* dx) {
   using V = typename Lanes<T>::V;
   for_rows(t, [&](auto tail, int64_t at, int64_t c, int64_t n) {
     prefetch_later(t.x + at);
     prefetch_later(dy + at);
-    const Normalized<tail.value, T> x(t, at, c, n);
+    const Normalized<tail.value, T> x(t, t.residual, at, c, n);
     const V g = F::template backward<T>(load_lanes<tail.value>(dy + at, n), x.z, V{});
     const V centred = g - load_lanes<tail.value>(a + c, n) - x.distance * load_lanes<tail.value>(b + c, n);
     put_lanes<tail.value>(t.streaming, dx + at, centred * load_lanes<tail.value>(t.scale + c, n), n);
@@ -137,7 +136,7 @@ template <class F, class T> void backward_input(const BatchNormRows<T>& t, const
 template <class F, class T> void backward_constant(const BatchNormRows<T>& t, const T* dy, T* dx, T* dz) {
   using V = typename Lanes<T>::V;
   for_rows(t, [&](auto tail, int64_t at, int64_t c, int64_t n) {
-    const Normalized<tail.value, T> x(t, at, c, n);
+    const Normalized<tail.value, T> x(t, t.residual, at, c, n);
     const V g = F::template backward<T>(load_lanes<tail.value>(dy + at, n), x.z, V{});
     store_lanes<tail.value>(dx + at, g * load_lanes<tail.value>(t.scale + c, n), n);
     if (dz) store_lanes<tail.value>(dz + at, g, n);
