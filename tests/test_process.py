@@ -93,6 +93,20 @@ def every_operation() -> None:
     fc.cross_entropy(flat[:, :10], np.arange(4))
 
 
+def test_memory_that_was_freed_last_is_used_first():
+    """It may still be in a cache of the processor."""
+    fc.empty_cache()
+    x = np.zeros((1, 4, 33, 17), np.float32)
+    blocks = [fc.relu(x) for _ in range(3)]
+    addresses = [y.ctypes.data for y in blocks]
+    assert len(set(addresses)) == 3
+    order = [1, 2, 0]
+    for i in order:
+        blocks[i] = None
+    again = [fc.relu(x) for _ in range(3)]
+    assert [y.ctypes.data for y in again] == [addresses[i] for i in reversed(order)]
+
+
 def test_memory_is_flat_over_1000_calls():
     for _ in range(50):
         every_operation()

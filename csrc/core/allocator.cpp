@@ -65,7 +65,8 @@ class Cache {
     stats_.bytes_in_use -= key.second;
     try {
       leave_pool(key.first);
-      free_.emplace(key, p);
+      // In front of its equals: the next of this size takes what was used last and may still be in a cache.
+      free_.emplace_hint(free_.lower_bound(key), key, p);
       stats_.bytes_cached += key.second;
     } catch (...) {
       raw_release(p);  // no memory for the cache's own node: give the block back instead
