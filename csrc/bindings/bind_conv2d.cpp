@@ -118,8 +118,9 @@ Gradients conv2d_backward(const Array& dy, const Array& x, const Array& w, Pair 
   problem.check("weight", w_view, problem.w_shape());
   problem.check("dy", view(dy, "dy"), problem.y_shape());
   Gradients out;
-  if (needs[0]) std::get<0>(out) = backward_input(problem, dy, w, layout_of(x_view));
+  // In this order the gradient that the layer before reads next is what was written last.
   if (needs[1]) std::get<1>(out) = backward_weight(problem, dy, x, layout_of(w_view));
+  if (needs[0]) std::get<0>(out) = backward_input(problem, dy, w, layout_of(x_view));
   if (needs[2]) std::get<2>(out) = channel_sums(dy, problem.dtype);
   return out;
 }
