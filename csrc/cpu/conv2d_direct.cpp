@@ -440,7 +440,7 @@ void write_gradient(const WeightGradientProblem& d, const Panels& panels, int64_
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
       const float* from = total + (b - blocks.begin) * taps * tap_floats;
       float* to = dw + b * kBlock * d.dw.in;
-      if (streaming && taps <= kStreamedTaps && d.dw.in == taps)
+      if (streaming && d.dw.in == taps)
         k.stream_taps(from, width, places.data(), taps, panels.channels(panel), ins(b), to, d.dw.out);
       else
         k.unpack_taps(from, width, places.data(), taps, panels.channels(panel), ins(b), to, d.dw.out, d.dw.in);

@@ -215,8 +215,6 @@ struct GroupedWeightTile {
   float* acc;
 };
 
-constexpr int64_t kStreamedTaps = 9;
-
 struct Conv2dKernels {
   int64_t lanes;
   int64_t tile_pixels;  // pixels of a direct tile: rows * pixels <= tile_pixels
@@ -250,8 +248,7 @@ struct Conv2dKernels {
   // The way back: dst[o * out_step + i * in_step + t] = src[places[t] + i * width + o]
   void (*unpack_taps)(const float* src, int64_t width, const int64_t* places, int64_t taps, int64_t outs, int64_t ins,
                       float* dst, int64_t out_step, int64_t in_step);
-  // The same around the caches, of at most kStreamedTaps: the taps of all inputs lie side by side, each output's are
-  // whole cache lines, no more than kBlock inputs
+  // The same around the caches: the taps of all inputs lie side by side, each output's are whole cache lines
   void (*stream_taps)(const float* src, int64_t width, const int64_t* places, int64_t taps, int64_t outs, int64_t ins,
                       float* dst, int64_t out_step);
   void (*weight_tile)(const WeightTile&);

@@ -226,64 +226,103 @@ void unpack_weights(const float* src, int64_t width, int64_t outs, int64_t ins, 
     for (int64_t i = 0; i < ins; ++i) dst[o * out_step + i * in_step] = src[i * width + o];
 }
 
-// Weights whose taps lie side by side in memory, as those of an NCHW kernel: of each input, the taps of a vector of
-// outputs are one square to be transposed. Bound: memory.
+// Weights whose taps lie side by side in memory, as those of an NCHW kernel. Mostly all taps of all inputs of an output
+// do, and they are transposed in squares, whatever input they belong to. Bound: memory.
+
+// Where the elements of an output's taps, one after the other, have their place in a panel.
+class TapPlaces {
+ public:
+  TapPlaces(const int64_t* places, int64_t taps, int64_t width) : places_(places), taps_(taps), width_(width) {}
+  int64_t next() {
+    const int64_t place = places_[tap_] + input_;
+    if (++tap_ == taps_) tap_ = 0, input_ += width_;
+    return place;
+  }
+
+ private:
+  const int64_t* places_;
+  int64_t taps_, width_, tap_ = 0, input_ = 0;
+};
+
 template <class T>
 void pack_taps(const T* src, int64_t out_step, int64_t in_step, int64_t taps, int64_t outs, int64_t ins, int64_t width,
                const int64_t* places, float* dst) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  Vec rows[kLanes];
+  if (in_step == taps) {
+    for (int64_t o = 0; o < width; o += kLanes) {
+      TapPlaces place(places, taps, width);
+      for (int64_t e = 0; e < ins * taps; e += kLanes) {
+        const int64_t left = ins * taps - e, count = left < kLanes ? left : kLanes, valid = outs - o;
+        const T* from = src + o * out_step + e;
+        if (count == kLanes && valid >= kLanes) {
+#pragma GCC unroll 16
+          for (int j = 0; j < kLanes; ++j) {
+            rows[j] = load(from + j * out_step);
+            prefetch(from + j * out_step + 4 * kLine);  // so many rows are more streams than the hardware follows
+          }
+        } else {
+          for (int j = 0; j < kLanes; ++j) rows[j] = j < valid ? load_first(from + j * out_step, count) : zero();
+        }
+        transpose_rows(rows);
+        for (int j = 0; j < count; ++j) store(dst + place.next() + o, rows[j]);
+      }
+    }
+    return;
+  }
   constexpr int64_t kAhead = 8;  // inputs, which are further apart than the hardware fetches ahead
-  for (int64_t o = 0; o < width; o += kLanes)
-    for (int64_t i = 0; i < ins; ++i)
+  for (int64_t i = 0; i < ins; ++i) {
+    if (out_step == taps) {
+      const T* ahead = src + (i + kAhead) * in_step;
+      for (int64_t e = 0; e < outs * taps; e += kLine) prefetch(ahead + e);
+    }
+    for (int64_t o = 0; o < width; o += kLanes)
       for (int64_t t = 0; t < taps; t += kLanes) {
         const int64_t count = taps - t < kLanes ? taps - t : kLanes, valid = outs - o;
         const T* from = src + o * out_step + i * in_step + t;
-        Vec rows[kLanes];
-        for (int j = 0; j < kLanes; ++j) {
-          rows[j] = j < valid ? load_first(from + j * out_step, count) : zero();
-          prefetch(from + j * out_step + kAhead * in_step);
-        }
+        for (int j = 0; j < kLanes; ++j) rows[j] = j < valid ? load_first(from + j * out_step, count) : zero();
         transpose_rows(rows);
-        for (int j = 0; j < kLanes; ++j)
-          if (j < count) store(dst + places[t + j] + i * width + o, rows[j]);
+        for (int j = 0; j < count; ++j) store(dst + places[t + j] + i * width + o, rows[j]);
       }
-}
-
-// Calls body(first tap, count, rows) with the taps of one input, a vector of them for each of kLanes outputs.
-template <class Body>
-inline __attribute__((always_inline)) void taps_of_outputs(const float* src, const int64_t* places, int64_t taps,
-                                                           Body body) {
-  for (int64_t t = 0; t < taps; t += kLanes) {
-    const int64_t count = taps - t < kLanes ? taps - t : kLanes;
-    Vec rows[kLanes];
-    for (int j = 0; j < kLanes; ++j) rows[j] = j < count ? load(src + places[t + j]) : zero();
-    transpose_rows(rows);
-    body(t, count, rows);
   }
 }
 
 void unpack_taps(const float* src, int64_t width, const int64_t* places, int64_t taps, int64_t outs, int64_t ins,
                  float* dst, int64_t out_step, int64_t in_step) {
-  for (int64_t o = 0; o < outs; o += kLanes)
-    for (int64_t i = 0; i < ins; ++i)
-      taps_of_outputs(src + i * width + o, places, taps, [&](int64_t t, int64_t count, const Vec* rows) {
-        float* to = dst + o * out_step + i * in_step + t;
-        for (int j = 0; j < kLanes; ++j)
-          if (j < outs - o) store_first(to + j * out_step, rows[j], count);
-      });
+  Vec rows[kLanes];
+  const bool side_by_side = in_step == taps;
+  const int64_t lines = side_by_side ? 1 : ins, line = side_by_side ? ins * taps : taps;
+  for (int64_t o = 0; o < outs; o += kLanes) {
+    TapPlaces place(places, taps, width);
+    for (int64_t i = 0; i < lines; ++i)
+      for (int64_t e = 0; e < line; e += kLanes) {
+        const int64_t count = line - e < kLanes ? line - e : kLanes;
+        for (int j = 0; j < kLanes; ++j) rows[j] = j < count ? load(src + place.next() + o) : zero();
+        transpose_rows(rows);
+        float* to = dst + o * out_step + i * in_step + e;
+        for (int j = 0; j < kLanes && j < outs - o; ++j) store_first(to + j * out_step, rows[j], count);
+      }
+  }
 }
 
-// A line goes around the caches as a whole, so the taps of a line's inputs are gathered first.
+// An output's lines are stored side by side, for the memory's sake.
 void stream_taps(const float* src, int64_t width, const int64_t* places, int64_t taps, int64_t outs, int64_t ins,
                  float* dst, int64_t out_step) {
-  float lines[kLanes][kBlock * kStreamedTaps + kLanes];
+  constexpr int64_t kAtOnce = 9 * kBlock;
+  alignas(64) float lines[kLanes][kAtOnce];
+  Vec rows[kLanes];
   for (int64_t o = 0; o < outs; o += kLanes) {
-    for (int64_t i = 0; i < ins; ++i)
-      taps_of_outputs(src + i * width + o, places, taps, [&](int64_t t, int64_t, const Vec* rows) {
-        // What is stored behind the last tap, the next input's first ones write over.
-        for (int j = 0; j < kLanes; ++j) store(lines[j] + i * taps + t, rows[j]);
-      });
-    for (int j = 0; j < kLanes && j < outs - o; ++j)
-      for (int64_t i = 0; i < ins * taps; i += kLanes) stream(dst + (o + j) * out_step + i, load(lines[j] + i));
+    TapPlaces place(places, taps, width);
+    for (int64_t begin = 0; begin < ins * taps; begin += kAtOnce) {
+      const int64_t left = ins * taps - begin, count = left < kAtOnce ? left : kAtOnce;
+      for (int64_t e = 0; e < count; e += kLanes) {
+        for (int j = 0; j < kLanes; ++j) rows[j] = load(src + place.next() + o);
+        transpose_rows(rows);
+        for (int j = 0; j < kLanes; ++j) store(lines[j] + e, rows[j]);
+      }
+      for (int j = 0; j < kLanes && j < outs - o; ++j)
+        for (int64_t e = 0; e < count; e += kLanes) stream(dst + (o + j) * out_step + begin + e, load(lines[j] + e));
+    }
   }
 }
 
