@@ -277,7 +277,8 @@ EXPLANATION = f"""
 - Medians of alternating rounds in one process, the same weights and threads on both sides. PyTorch
   is eager, in the faster of NCHW and channels_last, its SGD fused; the ratio is its time by
   fastconv's, so above 1 fastconv is faster. Before each timing the logits agreed to a relative L2
-  of {LOGITS_LIMIT:g}, the loss of a training step without dropout to {steps.TOLERANCE:g}.
+  of {LOGITS_LIMIT:g}, the loss of a training step without dropout to {steps.TOLERANCE:g} and what
+  PyTorch's two layouts differ by.
 - The last columns are the outcomes of the tests of each model against PyTorch, run at the same
   commit: ✓ passed, ✗ failed, - not made for this model. *keys*: number of parameters, names
   and shapes of the state_dict. *logits*: relative L2 at most 1e-5. *gradients*: of every parameter,

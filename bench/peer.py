@@ -128,11 +128,15 @@ def step_call(
 
 def losses(
     name: str, state: State, images: np.ndarray, labels: np.ndarray, training: Training
-) -> list[float]:
-    """The losses of the first steps without dropout."""
-    model = without_noise(build(name, state, torch.contiguous_format))
-    step = step_call(model, model, torch.from_numpy(images), torch.from_numpy(labels), training)
-    return [step().item() for _ in range(training.checked_steps)]
+) -> dict[str, list[float]]:
+    """The losses of the first steps without dropout, in each layout."""
+    target = torch.from_numpy(labels)
+    found = {}
+    for layout_name, layout in LAYOUTS.items():
+        model = without_noise(build(name, state, layout))
+        step = step_call(model, model, in_layout(images, layout), target, training)
+        found[layout_name] = [step().item() for _ in range(training.checked_steps)]
+    return found
 
 
 def steps(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,6 +148,25 @@ def test_steps_quick(tmp_path: Path) -> None:
     (result,) = json.loads(path.read_text())["results"]
     assert set(result["peers"]) == {"NCHW", "channels_last"}
     assert max(result["difference"]) < steps.TOLERANCE
+
+
+def test_steps_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss further from the peer's than its layouts are from each other ends the run."""
+    monkeypatch.setattr(steps, "step", lambda *_: fastconv.Tensor(1.0))
+    model, (images, labels) = create_model("smallcnn"), steps.batch(2, (3, 32, 32))
+
+    def compare(*theirs: float) -> list[float]:
+        losses = {f"layout {i}": [loss] for i, loss in enumerate(theirs)}
+        peer = SimpleNamespace(without_noise=lambda _: None, losses=lambda *_: losses)
+        return steps.compare("m", model, images, labels, steps.SGD, peer)  # type: ignore[arg-type]
+
+    near, far = 1 + 0.5 * steps.TOLERANCE, 1 + 1.5 * steps.TOLERANCE
+    assert compare(1.0, 1.0) == [0]
+    assert compare(near, near) == [pytest.approx(near - 1)]
+    assert compare(far, near) == [pytest.approx(far - 1)]
+    for theirs in [(far,), (far, far), (far, far + 0.1 * steps.TOLERANCE), (float("nan"),)]:
+        with pytest.raises(SystemExit, match=r"m: the loss of step 1 is 1, PyTorch's .*layout 0"):
+            compare(*theirs)
 
 
 @pytest.mark.parametrize("runtimes", [False, True], ids=["torch", "runtimes"])
