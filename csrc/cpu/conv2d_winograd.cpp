@@ -124,7 +124,8 @@ int64_t first_tap(const Axis& rows, const Axis& columns, Part part) {
 }
 
 // Calls body(Part) for all parts that are not zero at a position; of position 0, for all there are.
-template <class Body> void for_parts(const Axis& rows, const Axis& columns, int64_t position, Body body) {
+template <class Body> void for_parts(const Axis& rows, const Axis& columns, int64_t position, const Body& body) {
+  if (kernel_parts(rows, columns) == 1) return body(Part{0, 0, 0});
   for (int64_t row = rows.first_part(position / kPoints); row < rows.parts(); ++row)
     for (int64_t column = columns.first_part(position % kPoints); column < columns.parts(); ++column)
       body(Part{row * columns.parts() + column, row, column});
@@ -460,22 +461,29 @@ void multiply(const Axis& rows, const Axis& columns, const Tiles& tiles, const B
   t.pixel_stride = t.channels = width;
   t.low = -__builtin_inff(), t.high = __builtin_inff();
   t.accumulate = channels.begin > 0;
+  const auto* const tile = k.direct[width / k.lanes - 1][0];
   const float* v_block = v.data + channels.begin * t.panel_taps * v.size();
+  // Positions that as many tiles have are cut into the same register tiles: `extra` of them have one tile more.
+  int64_t count = -1, parts = 0, each = 0, extra = 0;
   for (int64_t p = 0; p < position_count; ++p) {
     const Range here = tiles.at(p, v.tiles);
-    const int64_t count = here.end - here.begin, parts = ceil_divide(count, k.tile_pixels);
+    if (here.end - here.begin != count) {
+      count = here.end - here.begin, parts = ceil_divide(count, k.tile_pixels);
+      each = count / std::max<int64_t>(parts, 1), extra = count - parts * each;
+    }
     t.w = u + p * u_position;
     t.tap_count = 0;
     for_parts(rows, columns, p,
               [&](Part part) { taps[t.tap_count++] = {{v_block + part.index * v.size() * kBlock}, part.index}; });
+    int64_t first = here.begin - v.tiles.begin;
     for (int64_t i = 0; i < parts; ++i) {
-      const Range part = split(count, parts, i);
+      const int64_t size = each + (i < extra ? 1 : 0);
       ahead.give(t, (channels.end - channels.begin) * t.tap_count);
       t.next = i > 0 || p + 1 == position_count ? t.w : next_v ? v_block + v.position : t.w + u_position;
-      const int64_t first = here.begin + part.begin - v.tiles.begin;
       t.x_offset = first * kBlock;
       t.y = m.data + p * m.position + first * width;
-      k.direct[width / k.lanes - 1][0][part.end - part.begin - 1](t);
+      tile[size - 1](t);
+      first += size;
     }
     v_block += v.position;
   }
