@@ -17,8 +17,9 @@ constexpr int64_t kBlockPixels = 112, kBlockFloats = 96 * 1024;
 // Beyond this many channels neighbouring pixels lie so far apart that they compete for the same sets of L1, so a block
 // is copied to where they do not.
 constexpr int64_t kFarChannels = 512;
-// Chunks wanted at least, so that many cores find work.
-constexpr int64_t kMinChunks = 32;
+// Chunks wanted at least, so that many cores find work; for a few cores so many each, since the chunks of a block read
+// its pixels anew.
+constexpr int64_t kMinChunks = 32, kThreadChunks = 8;
 
 // Where the pixels of a 1x1 convolution lie, in floats from the first.
 struct Pixels {
@@ -81,11 +82,11 @@ template <class Fill> void run(const Conv2dProblem& a, const Problem& d, Fill&& 
   const bool far = d.from.pixel > kFarChannels;
   const Blocks blocks(a,
                       std::clamp<int64_t>(kBlockFloats / std::max<int64_t>(d.ins, 1), 2 * k.tile_pixels, kBlockPixels));
-  const int64_t panel_parts =
-      std::clamp<int64_t>(ceil_divide(kMinChunks, blocks.count() * d.groups), 1, panels.count());
+  const int threads = num_threads();
+  const int64_t chunks = std::min(kMinChunks, kThreadChunks * threads);
+  const int64_t panel_parts = std::clamp<int64_t>(ceil_divide(chunks, blocks.count() * d.groups), 1, panels.count());
   const int64_t far_pixel = ceil_divide(d.ins, kBlock) * kBlock + kBlock;
   const int64_t scratch_floats = far ? blocks.block_rows * blocks.block_columns * far_pixel : 0;
-  const int threads = num_threads();
   // Of few pixels: the weights, each used a few times only, may come from memory, and many chunks read a block, so it
   // is copied once for all of them instead of by each.
   const bool few = panel_parts > 2, shared = far && few;
