@@ -1,8 +1,10 @@
 """Inference, a forward pass in evaluation mode, against PyTorch, ONNX Runtime and OpenVINO.
 
 PyTorch counts with eager in NCHW and channels_last; the others optimise the graph that PyTorch
-exports. All have the same weights, images and threads, all compute in float32, and before the clock
-starts their logits must agree. Those of the runtimes that are not installed are left out, visibly.
+exports, and fastconv freezes the model (`fastconv.freeze`); the time of the model itself is kept
+beside it. All have the same weights, images and threads, all compute in float32, and before the
+clock starts their logits must agree. Those of the runtimes that are not installed are left out,
+visibly.
 
     python -m bench.inference --models resnet50,resnet18_cifar --batch 1,8 --threads 1,2 --json F
 """
@@ -12,6 +14,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from types import ModuleType
+
+import numpy as np
 
 import fastconv
 from bench import options, report, roofline, steps
@@ -35,7 +39,12 @@ def run(
     fastconv.set_num_threads(limit.threads)
     model = models.create(name)
     flops = steps.training_flops(model, images) / 3
-    ours = forward_call(model, images)
+    plain = forward_call(model, images)
+    frozen = fastconv.freeze(model, images)
+
+    def ours() -> np.ndarray:
+        return frozen(images).data
+
     peers: dict[str, Call] = {}
     details: dict[str, object] = {
         "batch": batch,
@@ -52,7 +61,9 @@ def run(
             peers.update(runtimes.forwards(name, state, images, limit.threads))
         del state  # while it refers to the weights, these are packed anew in every call
         details["difference"] = compare_logits(name, ours, peers)
-    samples = alternate({"fastconv": ours, **peers}, arguments.budget, arguments.min_rounds, PAUSE)
+    calls: dict[str, Call] = {"fastconv": ours, "not frozen": plain, **peers}
+    samples = alternate(calls, arguments.budget, arguments.min_rounds, PAUSE)
+    details["not_frozen_ms"] = samples.pop("not frozen").median * 1e3
     return report.Row(
         group="inference",
         name=f"{name} batch {batch}",

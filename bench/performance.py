@@ -259,13 +259,15 @@ def whole_models(runs: Sequence[Run], group: str) -> str | None:
     header = ["work", "best peer", "threads", "fastconv ms", "peer ms", "ratio", "of the FMA peak"]
     lines = []
     for row in rows:
-        best = row.best_peer
+        best, plain = row.best_peer, row.details.get("not_frozen_ms")
         lines.append([
             row.name, best or "-", str(row.threads), f"{row.ours.median * 1e3:.2f}",
             f"{row.peers[best].median * 1e3:.2f}" if best else "-", report.times(row.ratio),
-            f"{row.fraction:.0%}",
+            f"{row.fraction:.0%}", "-" if plain is None else f"{plain:.2f}",
         ])  # fmt: skip
-    return report.table(header, lines, left=2)
+    if group != "inference":
+        return report.table(header, [line[:-1] for line in lines], left=2)
+    return report.table([*header, "not frozen ms"], lines, left=2)
 
 
 def losses(rows: Sequence[Row]) -> str:
@@ -317,13 +319,15 @@ EXPLANATION = """
 Times are medians of alternating rounds in one process, with the same threads on both sides. The
 ratio is the time of the peer's fastest mode by fastconv's, so above 1 fastconv is faster. PyTorch's
 modes are eager NCHW and eager channels_last, and for the training steps that have them in their
-file, both compiled. fastconv's time holds everything a call does for its user. Every result was
-compared with the peer's in the same run. *roofline*: the share of the time that the machine's own
-limits, measured in the same run, allow a direct algorithm; Winograd can pass 100%. *at the limits*:
-the geometric mean that kernels without any loss would have against the peer of the same run, at the
-FMA peak with the fewest multiplications of the library's algorithms, or for layers at the bandwidth
-of memory where that takes longer. No code for this machine can pass it with these algorithms; whole
-models stay further below, since everything but convolutions and dense layers counts as free there.
+file, both compiled. In inference fastconv's model is frozen (`fastconv.freeze`), as the runtimes
+compile theirs; *not frozen* is the model itself. fastconv's time holds everything a call does for
+its user. Every result was compared with the peer's in the same run. *roofline*: the share of the
+time that the machine's own limits, measured in the same run, allow a direct algorithm; Winograd can
+pass 100%. *at the limits*: the geometric mean that kernels without any loss would have against the
+peer of the same run, at the FMA peak with the fewest multiplications of the library's algorithms,
+or for layers at the bandwidth of memory where that takes longer. No code for this machine can pass
+it with these algorithms; whole models stay further below, since everything but convolutions and
+dense layers counts as free there.
 The files are in `bench/results`, with every sample.
 """
 

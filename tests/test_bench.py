@@ -183,6 +183,7 @@ def test_inference_quick(tmp_path: Path, runtimes: bool) -> None:
     inference.main([*options, "--min-rounds", "2", "--json", str(path)])
     (result,) = json.loads(path.read_text())["results"]
     assert set(result["peers"]) == set(result["difference"]) == modes
+    assert result["not_frozen_ms"] > 0
 
 
 def test_models_quick(tmp_path: Path) -> None:

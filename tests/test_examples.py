@@ -104,5 +104,5 @@ def test_readme_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     torch.save(torch_models.SmallCNN().state_dict(), "smallcnn.pth")
     readme = (EXAMPLES.parent / "README.md").read_text()
     snippets = re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
-    assert len(snippets) == 9
+    assert len(snippets) == 10
     exec(compile("\n".join(snippets), "README.md", "exec"), {})

@@ -36,6 +36,7 @@ _MODULES = (
     "cuda",
     "data",
     "distributed",
+    "freezing",
     "functional",
     "info",
     "models",
@@ -49,7 +50,9 @@ _MODULES = (
     "weights",
 )
 _NAMES = {
+    "Frozen": "freezing",
     "Tensor": "tensor",
+    "freeze": "freezing",
     "no_grad": "tensor",
     "load_tuning": "tuning",
     "loaded_tuning": "tuning",

@@ -23,14 +23,16 @@ On a CUDA device nothing is folded or kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from fastconv import _C, cuda
+from fastconv._recording import thread
 from fastconv.module import ARRAY_OF_PARAMETER, Parameter
 from fastconv.ops._arrays import operand
-from fastconv.ops.conv import ConvSizes, conv_sizes
+from fastconv.ops.conv import ConvSizes, PackedConv2d, conv_sizes
 from fastconv.ops.norm import scale_and_shift
 from fastconv.tensor import Array, Tensor, array_of
 
@@ -93,7 +95,11 @@ class KeptWeights:
             kept.scale,
             kept.cache,
         )
-        return Tensor(y)
+        output = Tensor(y)
+        if thread.record is not None:
+            given = (x,) if residual is None else (x, residual)
+            thread.record(_packed(conv, norm, activation), given, {}, output)
+        return output
 
     def sizes_of(self, conv: Conv2d) -> ConvSizes:
         """Stride, padding, dilation and groups as the kernels take them."""
@@ -123,6 +129,23 @@ class KeptWeights:
         cache = _C.WeightCache() if sole else None
         self._kept = _Kept(weight, version, norm, eps, copies, scale, shift, cache)
         return self._kept
+
+
+def _packed(conv: Conv2d, norm: _BatchNorm | None, activation: str | None) -> Callable[..., Tensor]:
+    """`KeptWeights.forward` of (x, residual) with copies of the present weights."""
+    bias = None if conv.bias is None else array_of(conv.bias)
+    folded = None
+    if norm is not None:
+        gamma, beta = (None if p is None else array_of(p) for p in (norm.weight, norm.bias))
+        folded = (norm.running_mean, norm.running_var, gamma, beta, norm.eps)
+    sizes = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    packed = PackedConv2d(array_of(conv.weight), bias, *sizes, batch_norm=folded)
+
+    def convolution(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        added = None if residual is None else residual.data
+        return Tensor(packed(x.data, activation=activation, residual=added))
+
+    return convolution
 
 
 def _vectors(bias: Parameter | None, norm: _BatchNorm | None) -> list[Array]:

@@ -7,6 +7,7 @@ of the same name in `fastconv.ops`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 import numpy as np
 
 from fastconv import cuda, init, ops
+from fastconv._recording import recorded
 from fastconv.ops._arrays import like, pair
 from fastconv.ops.conv import ConvSizes, conv2d_gradients, conv2d_of_sizes, conv_sizes
 from fastconv.ops.conv_norm import conv2d_batch_norm_backward, conv2d_batch_norm_train
@@ -71,6 +73,7 @@ def conv2d(
     return convolve(x, weight, bias, sizes, activation, residual)
 
 
+@recorded
 def convolve(
     x: Input,
     weight: Input,
@@ -137,6 +140,7 @@ def conv2d_batch_norm(
     return apply(y, inputs, backward)
 
 
+@recorded
 def conv_transpose2d(
     x: Input,
     weight: Input,
@@ -158,6 +162,7 @@ def conv_transpose2d(
     return apply(ops.conv_transpose2d(xd, wd, bd, *sizes), inputs, backward)
 
 
+@recorded
 def linear(x: Input, weight: Input, bias: Input | None = None) -> Tensor:
     """x[..., in] times weight[out, in] transposed, plus bias[out]."""
     inputs = (as_tensor(x), as_tensor(weight), optional_tensor(bias))
@@ -169,6 +174,7 @@ def linear(x: Input, weight: Input, bias: Input | None = None) -> Tensor:
     return apply(ops.linear(xd, wd, bd), inputs, backward)
 
 
+@recorded
 def batch_norm(
     x: Input,
     running_mean: Array | None,
@@ -235,6 +241,7 @@ def batch_norm(
     return apply(y, inputs, synchronised_backward if synchronised else backward)
 
 
+@recorded
 def batch_norm_max_pool2d(
     x: Input,
     running_mean: Array | None,
@@ -300,6 +307,7 @@ def _moments_of_all(x: Array, communicator: Communicator) -> tuple[int, Array, A
     return int(count), mean, squares
 
 
+@recorded
 def local_response_norm(
     x: Input, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
 ) -> Tensor:
@@ -332,6 +340,7 @@ def max_pool2d(
 ) -> Tensor | tuple[Tensor, Array]: ...
 
 
+@recorded
 def max_pool2d(
     x: Input,
     kernel_size: Pair,
@@ -370,6 +379,7 @@ def _keeps_places(x: Tensor, kernel_size: Pair) -> bool:
     return math.prod(pair(kernel_size, "kernel_size")) <= 256
 
 
+@recorded
 def avg_pool2d(
     x: Input,
     kernel_size: Pair,
@@ -384,19 +394,16 @@ def avg_pool2d(
     return _of_one_form(ops.avg_pool2d, ops.avg_pool2d_backward, x, *sizes)
 
 
+@recorded
 def adaptive_avg_pool2d(
     x: Input, output_size: int | tuple[int | None, int | None] | None
 ) -> Tensor:
     """Mean over the windows that divide the image into output_size parts."""
-    x = as_tensor(x)
-    form = form_of(x.data)
-    return apply(
-        ops.adaptive_avg_pool2d(x.data, output_size),
-        (x,),
-        lambda dy, _: (ops.adaptive_avg_pool2d_backward(dy, form),),
-    )
+    forward = functools.partial(ops.adaptive_avg_pool2d, output_size=output_size)
+    return _of_one_form(forward, ops.adaptive_avg_pool2d_backward, x)
 
 
+@recorded
 def global_avg_pool2d(x: Input) -> Tensor:
     """Mean over the whole image: [N,C,H,W] -> [N,C,1,1]."""
     return _of_one_form(ops.global_avg_pool2d, ops.global_avg_pool2d_backward, x)
@@ -416,8 +423,11 @@ def _of_one_form(
 ) -> Tensor:
     """An operation of one tensor whose backward takes x for its shape and layout alone."""
     x = as_tensor(x)
+    y = forward(x.data, *settings)
+    if not records((x,)):
+        return Tensor(y)  # for small images the form takes longer than they do
     form = form_of(x.data)
-    return apply(forward(x.data, *settings), (x,), lambda dy, _: (backward(dy, form, *settings),))
+    return apply(y, (x,), lambda dy, _: (backward(dy, form, *settings),))
 
 
 def _of_one_from_output(
@@ -432,61 +442,73 @@ def _of_one_from_output(
     return apply(y, (x,), lambda dy, _: (backward(dy, y, *settings),))
 
 
+@recorded
 def relu(x: Input) -> Tensor:
     """max(x, 0)."""
     return _of_one_from_output(ops.relu, ops.relu_backward, x)
 
 
+@recorded
 def relu6(x: Input) -> Tensor:
     """min(max(x, 0), 6)."""
     return _of_one_from_output(ops.relu6, ops.relu6_backward, x)
 
 
+@recorded
 def leaky_relu(x: Input, negative_slope: float = 0.01) -> Tensor:
     """x where positive, else negative_slope * x."""
     return _of_one(ops.leaky_relu, ops.leaky_relu_backward, x, negative_slope)
 
 
+@recorded
 def elu(x: Input, alpha: float = 1.0) -> Tensor:
     """x where positive, else alpha * (exp(x) - 1)."""
     return _of_one(ops.elu, ops.elu_backward, x, alpha)
 
 
+@recorded
 def sigmoid(x: Input) -> Tensor:
     """1 / (1 + exp(-x))."""
     return _of_one(ops.sigmoid, ops.sigmoid_backward, x)
 
 
+@recorded
 def tanh(x: Input) -> Tensor:
     """Hyperbolic tangent."""
     return _of_one(ops.tanh, ops.tanh_backward, x)
 
 
+@recorded
 def silu(x: Input) -> Tensor:
     """x * sigmoid(x)."""
     return _of_one(ops.silu, ops.silu_backward, x)
 
 
+@recorded
 def gelu(x: Input, approximate: str = "none") -> Tensor:
     """x times the normal distribution function, or its tanh approximation ("tanh")."""
     return _of_one(ops.gelu, ops.gelu_backward, x, approximate)
 
 
+@recorded
 def hardsigmoid(x: Input) -> Tensor:
     """relu6(x + 3) / 6."""
     return _of_one(ops.hardsigmoid, ops.hardsigmoid_backward, x)
 
 
+@recorded
 def hardswish(x: Input) -> Tensor:
     """x * hardsigmoid(x)."""
     return _of_one(ops.hardswish, ops.hardswish_backward, x)
 
 
+@recorded
 def softmax(x: Input, dim: int = -1) -> Tensor:
     """exp(x), scaled to sum 1 along dim."""
     return _of_one_from_output(ops.softmax, ops.softmax_backward, x, dim)
 
 
+@recorded
 def log_softmax(x: Input, dim: int = -1) -> Tensor:
     """Logarithm of softmax."""
     return _of_one_from_output(ops.log_softmax, ops.log_softmax_backward, x, dim)
@@ -533,6 +555,7 @@ def stochastic_depth(input: Input, p: float, mode: str, training: bool = True) -
     return apply(y, (tensor,), backward)
 
 
+@recorded
 def cross_entropy(
     logits: Input,
     target: Any,
@@ -560,6 +583,7 @@ def cross_entropy(
     return apply(ops.cross_entropy(ld, td, *settings), (logits,), backward)
 
 
+@recorded
 def cat(tensors: Sequence[Input], dim: int = 1) -> Tensor:
     """Concatenates along `dim` (the channels by default)."""
     inputs = [as_tensor(t) for t in tensors]
@@ -568,6 +592,7 @@ def cat(tensors: Sequence[Input], dim: int = 1) -> Tensor:
     return apply(y, inputs, lambda dy, _: ops.cat_backward(dy, sizes, dim))
 
 
+@recorded
 def channel_gate(x: Input, gate: Input) -> Tensor:
     """x[N,C,H,W] * gate[N,C,1,1]: one factor a channel of each image."""
     inputs = (as_tensor(x), as_tensor(gate))
@@ -586,6 +611,8 @@ def channel_gate_by_mean(x: Input, gate_of: Callable[[Tensor], Tensor]) -> Tenso
     together: the operations one by one would write both, and read both to add them.
     """
     x = as_tensor(x)
+    if not records((x,)):
+        return channel_gate(x, gate_of(adaptive_avg_pool2d(x, 1)))
     xd = x.data
     pixels = xd.shape[2] * xd.shape[3]
     outer: list[tuple[Array, Array]] = []  # dy and gate, from the backward of the product

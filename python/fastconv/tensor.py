@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastconv import _C, cuda, ops
+from fastconv._recording import recorded
 from fastconv.ops._arrays import operand
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -301,15 +302,18 @@ class Tensor:
 
     __rmul__ = __mul__
 
+    @recorded
     def __neg__(self) -> Tensor:
         return apply(-self.data, (self,), lambda dy, _: (-dy,))
 
+    @recorded
     def __truediv__(self, scalar: SupportsFloat) -> Tensor:
         """Division by a number."""
         divisor = float(scalar)
         quotient = np.divide(self.data, divisor, dtype=self.dtype)
         return apply(quotient, (self,), lambda dy, _: (np.divide(dy, divisor, dtype=dy.dtype),))
 
+    @recorded
     def sum(self, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
         """Sum over `dim` (all dimensions when None)."""
         shape = self.shape
@@ -326,17 +330,20 @@ class Tensor:
         total = self.sum(dim, keepdim)
         return total / (self.data.size / max(total.data.size, 1))
 
+    @recorded
     def reshape(self, *shape: int | tuple[int, ...]) -> Tensor:
         """The elements in logical order under another shape; a view where the memory allows it."""
         old = self.shape
         return apply(self.data.reshape(*shape), (self,), lambda dy, _: (dy.reshape(old),))
 
+    @recorded
     def transpose(self, dim0: int, dim1: int) -> Tensor:
         """A view of the same memory with two dimensions exchanged."""
         return apply(
             self.data.swapaxes(dim0, dim1), (self,), lambda dy, _: (dy.swapaxes(dim0, dim1),)
         )
 
+    @recorded
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Tensor:
         """Joins the dimensions start_dim..end_dim (inclusive) into one."""
         first, last = start_dim % max(self.ndim, 1), end_dim % max(self.ndim, 1)
@@ -624,16 +631,19 @@ def _add_to(a: Array, b: Array) -> None:
         np.add(a, b, out=a)
 
 
+@recorded
 def _add(a: Tensor, b: Tensor) -> Tensor:
     sa, sb = a.shape, b.shape
     return apply(_plus(a.data, b.data), (a, b), lambda dy, _: (_sum_to(dy, sa), _sum_to(dy, sb)))
 
 
+@recorded
 def _subtract(a: Tensor, b: Tensor) -> Tensor:
     sa, sb = a.shape, b.shape
     return apply(a.data - b.data, (a, b), lambda dy, _: (_sum_to(dy, sa), _sum_to(-dy, sb)))
 
 
+@recorded
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
     x, y = a.data, b.data
 
