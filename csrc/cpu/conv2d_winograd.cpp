@@ -911,11 +911,17 @@ double axis_products(const AxisTaps& taps) {
   return static_cast<double>(Cut(axis).products() * axis.grids());
 }
 
-// What transforming an element of large weights, in every call, costs in multiplications: 512 -> 512 channels take one
-// image of 4 x 4 in 0.95 ms on one core of Zen 4 by the direct engine, where these are 108, and 1.5 ms by Winograd; two
-// images in 1.7 and 1.5 ms. At stride 2, 128 -> 256 channels, one image of 16 x 16 takes 0.44 and 0.67 ms, and 256 ->
-// 512, two of them, 4.7 and 3.9.
-constexpr double kWeightTransform = 160, kPartsTransform = 400;
+// What transforming an element of large weights, in every call, costs in multiplications. On one core of Zen 4 512 ->
+// 512 channels take one image of 4 x 4 in 0.95 ms by the direct engine, where these are 108, and 1.5 ms by Winograd;
+// two images in 1.7 and 1.5 ms. Where FMAs are twice as fast (Zen 5), two images of 4 x 4 take 1.1 and 1.6 ms, one of 7
+// x 7, where they are 320, 1.2 and 1.5, one of 8 x 8 (432) 1.7 and 1.6.
+//
+// At stride 2, on Zen 4, 128 -> 256 channels, one image of 16 x 16 takes 0.44 and 0.67 ms, 256 -> 512, two of them, 4.7
+// and 3.9; on Zen 5 512 -> 512, one of 28 x 28 (803), 4.5 and 4.9, 256 -> 256, two of them, 2.1 and 1.9.
+double transform_cost(int64_t kernel, bool strided) {
+  const bool fast = kernel == 3 && full_width();
+  return strided ? (fast ? 1000 : 400) : (fast ? 400 : 160);
+}
 
 const char* supports_pass(const Conv2dProblem& a, bool input_gradient) {
   if (strict_precision()) return "strict precision";
@@ -948,7 +954,7 @@ const char* supports_pass(const Conv2dProblem& a, bool input_gradient) {
   if (products > (along_one || strided ? 2.0 / 3 : 5.0 / 9) * plain_products) return "the image is too small for tiles";
   const int64_t position_count = along_one ? kPoints : kPositions;
   if (position_count * a.cg() * a.kg() > kSmallWeights &&
-      a.n * (plain_products - products) < (strided ? kPartsTransform : kWeightTransform))
+      a.n * (plain_products - products) < transform_cost(std::max(a.r, a.s), strided))
     return "too few tiles to repay transforming the weights";
   return direct::supports(a);
 }

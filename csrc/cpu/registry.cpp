@@ -60,6 +60,15 @@ std::vector<std::string> available_isas() {
   return names;
 }
 
+bool full_width() {
+#if defined(__x86_64__)
+  static const bool in_halves = __builtin_cpu_is("amdfam19h");
+  return &kernels() == &table_avx512 && !in_halves;
+#else
+  return false;
+#endif
+}
+
 void set_isa(const std::string& name) { chosen.store(find(name), std::memory_order_release); }
 
 }  // namespace fastconv::cpu

@@ -11,5 +11,8 @@ namespace fastconv::cpu {
 const KernelTable& kernels();               // of the chosen ISA
 std::vector<std::string> available_isas();  // best first
 void set_isa(const std::string& name);      // ValueError unless available
+// Whether arithmetic is in 512 bits at once, so that it is twice as fast beside memory as in 256: Zen 4 takes AVX-512
+// in halves.
+bool full_width();
 
 }  // namespace fastconv::cpu
