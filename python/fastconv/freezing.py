@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -103,8 +104,8 @@ class _Recorder:
 
     def __init__(self, x: Tensor) -> None:
         self._x = x
-        self._tensors = [x]  # kept, so that no other takes the place of one in memory
-        self._numbers = {id(x): 0}
+        # Of the tensors that are still alive: the model lets go of them as without a recorder.
+        self._numbers: WeakKeyDictionary[Tensor, int] = WeakKeyDictionary({x: 0})
         self._calls: list[tuple[Callable[..., Tensor], tuple[int, ...]]] = []
 
     def run(self, model: Module) -> Frozen:
@@ -129,19 +130,18 @@ class _Recorder:
         options: dict[str, Any],
         output: Any,
     ) -> None:
-        if id(output) in self._numbers:
-            return  # an operation that does nothing in evaluation
         if not isinstance(output, Tensor):
             raise RuntimeError(f"{function.__name__} does not give one tensor: it cannot be frozen")
+        if output in self._numbers:
+            return  # an operation that does nothing in evaluation
         given, named = self._template(arguments), self._template(options)
         self._calls.append(_bound(function, given, named))
-        self._numbers[id(output)] = len(self._tensors)
-        self._tensors.append(output)
+        self._numbers[output] = len(self._calls)
 
     def _template(self, value: Any) -> Any:
         """`value` with places for the tensors of the pass, and with copies of other arrays."""
         if isinstance(value, Tensor):
-            number = self._numbers.get(id(value))
+            number = self._numbers.get(value)
             return Tensor(np.array(array_of(value))) if number is None else _Place(number)
         if isinstance(value, np.ndarray):
             return np.array(value)
